@@ -1,0 +1,1 @@
+"""REST API: validates, names and records container requests."""

@@ -1,0 +1,159 @@
+"""What container requests look like in answers: names, forms, and which members are left out (``wave.md`` §0.1)."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from re import compile as compile_pattern
+from typing import Any
+
+import orjson
+
+from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.state.tokens import TokenRecord
+
+_FUSION_HOST = "https://fusionfs.seqera.io/"
+_FUSION_VERSION = compile_pattern(r".*/v([^/]+)-\w+\.json|.*/pkg/(.+)/fusion-\w+\.tar\.gz")
+
+
+def filled(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The members that an answer shows: null, empty text and empty arrays are left out, false and 0 stay."""
+    return {name: value for name, value in document.items() if value is not None and value not in ("", [], ())}
+
+
+def format_instant(time: float) -> str:
+    """Epoch seconds as ISO-8601 in UTC with ``Z``, to the microsecond."""
+    return datetime.fromtimestamp(time, UTC).isoformat().replace("+00:00", "Z")
+
+
+def format_seconds(duration_s: float) -> orjson.Fragment:
+    """A duration as a JSON number of seconds with nine decimals: clients read digits without a point as nanoseconds."""
+    return orjson.Fragment(f"{max(duration_s, 0.0):.9f}")
+
+
+def parse_timestamp(text: str) -> datetime | None:
+    """A client's time with its offset; None for what is no such thing, which the service takes for no time at all."""
+    try:
+        time = datetime.fromisoformat(text)
+        return time if time.utcoffset() is not None else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def target_image(authority: str, token: str, request: ContainerRequest) -> str:
+    """The name that clients pull: ``host:port/wt/<token>/<repository>:<tag>``.
+
+    An image named by digest keeps the digest, unless the request changes its content: then a tag made of the digest
+    stands for it, since clients verify what they pull by digest.
+    """
+    return f"{authority}/wt/{token}/{_public_name(parse_reference(request.image), request.config)}"
+
+
+def _public_name(reference: Reference, config: ContainerConfig) -> str:
+    if not (reference.is_digest and config):
+        return reference.name_and_reference
+    return f"{reference.repository}:{'-'.join(reference.reference.split(':'))[:19]}"
+
+
+def submitted(token: str, request: ContainerRequest, authority: str, *, legacy: bool) -> dict[str, Any]:
+    """The answer to a container request. Source: ``wave.md`` §1.2."""
+    answer = {
+        "requestId": token,
+        "containerToken": token,
+        "targetImage": target_image(authority, token, request),
+        "expiration": format_instant(request.expires),
+        "containerImage": request.image,
+    }
+    return answer if legacy else {**answer, "freeze": False, "mirror": False, "succeeded": True}
+
+
+def described(record: TokenRecord, authority: str) -> dict[str, Any]:
+    """A request as it was recorded. Source: ``wave.md`` §1.5."""
+    request = record.request
+    return filled(
+        {
+            "id": record.token,
+            **_asked(request),
+            "sourceImage": request.image,
+            "sourceDigest": record.source_digest,
+            "waveImage": target_image(authority, record.token, request),
+            "waveDigest": record.wave_digest,
+            "expiration": format_instant(request.expires),
+            "fusionVersion": _fusion_version(request.config.layers),
+            "mirror": False,
+        }
+    )
+
+
+def described_legacy(record: TokenRecord, authority: str) -> dict[str, Any]:
+    """The same in the older form. Source: ``wave.md`` §1.3."""
+    request = record.request
+    target = target_image(authority, record.token, request)
+    return {
+        "token": record.token,
+        "expiration": format_instant(request.expires),
+        "request": _asked(request),
+        "build": {},
+        "source": filled({"image": request.image, "digest": record.source_digest}),
+        "wave": filled({"image": target, "digest": record.wave_digest}),
+    }
+
+
+def status_of(record: TokenRecord, now: float) -> dict[str, Any]:
+    """How far a request is: one for a plain image is done when it is recorded. Source: ``wave.md`` §1.6."""
+    return {
+        "id": record.token,
+        "status": "DONE",
+        "succeeded": True,
+        "creationTime": format_instant(record.request.created),
+        "duration": format_seconds(now - record.request.created),
+    }
+
+
+def _asked(request: ContainerRequest) -> dict[str, Any]:
+    identity = request.identity
+    time = parse_timestamp(request.timestamp) or datetime.fromtimestamp(request.created, UTC)
+    zone = time.isoformat()[-6:]
+    return filled(
+        {
+            "user": {"id": identity.user_id} if identity.user_id is not None else None,
+            "workspaceId": identity.workspace_id,
+            "containerImage": request.image,
+            "containerConfig": _config(request.config) if request.config else None,
+            "platform": ",".join(request.platforms),
+            "towerEndpoint": identity.endpoint,
+            "fingerprint": request.fingerprint,
+            "timestamp": time.astimezone(UTC).isoformat().replace("+00:00", "Z"),
+            "zoneId": "Z" if zone == "+00:00" else zone,
+            "ipAddress": request.ip_address,
+        }
+    )
+
+
+def _config(config: ContainerConfig) -> dict[str, Any]:
+    return filled(
+        {
+            "entrypoint": config.entrypoint,
+            "cmd": config.cmd,
+            "env": config.env,
+            "workingDir": config.working_dir,
+            "layers": [_layer(layer) for layer in config.layers],
+        }
+    )
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    return {
+        "location": "data:DATA+OMITTED" if layer.is_inline else layer.location,
+        "gzipDigest": layer.gzip_digest,
+        "gzipSize": layer.gzip_size,
+        "tarDigest": layer.tar_digest,
+    }
+
+
+def _fusion_version(layers: tuple[Layer, ...]) -> str:
+    """The version of the first Fusion layer, empty when there is none. Source: ``wave.md`` §8.4, vectors V29."""
+    for layer in layers:
+        match = _FUSION_VERSION.fullmatch(layer.location) if layer.location.startswith(_FUSION_HOST) else None
+        if match:
+            return match[1] or match[2].replace("/", ".")
+    return ""

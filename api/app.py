@@ -1,0 +1,70 @@
+"""The REST application: its routes, and how errors become answers."""
+
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from api.containers import Containers
+from api.replies import framework_error, json_reply
+from api.service import Health, favicon, landing, robots, service_info
+from api.shield import Shield
+from wave_proxy.errors import BodyTooLarge, Unauthorized, WaveError
+
+
+def create_app(containers: Containers, check_state: Callable[[], Awaitable[None]]) -> Starlette:
+    """The application. ``check_state`` raises StateUnavailable when Redis does not answer."""
+    app = Starlette(
+        routes=[
+            Route("/v1alpha2/container", containers.submit, methods=["POST"]),
+            Route("/v1alpha2/container/{token}", containers.describe),
+            Route("/v1alpha2/container/{token}/status", containers.status),
+            Route("/container-token", containers.submit_legacy, methods=["POST"]),
+            Route("/container-token/{token}", containers.describe_legacy),
+            Route("/container-token/{token}", containers.delete, methods=["DELETE"]),
+            Route("/service-info", service_info),
+            Route("/health", Health(check_state).show),
+            Route("/robots.txt", robots),
+            Route("/favicon.ico", favicon),
+            Route("/", landing),
+        ],
+        middleware=[Middleware(Shield)],
+        exception_handlers={WaveError: _answer_error, HTTPException: _answer_framework_error},
+    )
+    # Clients do not follow redirects, and a POST must not become a GET.
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    failure = cast(WaveError, error)
+    if isinstance(failure, Unauthorized):
+        return Response(status_code=401, headers={"WWW-Authenticate": "Basic realm=Wave Authentication"})
+    headers = {}
+    if failure.retry_after_s is not None:
+        headers["Retry-After"] = str(failure.retry_after_s)
+    if isinstance(failure, BodyTooLarge):
+        headers["Connection"] = "close"  # the rest of the body is on its way, and nobody wants it
+    return json_reply({"message": str(failure)}, failure.status, headers)
+
+
+async def _answer_framework_error(request: Request, error: Exception) -> Response:
+    failure = cast(HTTPException, error)
+    path = request.url.path
+    if failure.status_code != 405:
+        text = "Page Not Found" if failure.status_code == 404 else failure.detail
+        return framework_error(path, failure.status_code, failure.detail, text)
+    allowed = ", ".join(_methods_of(request))
+    text = f"Method [{request.method}] not allowed for URI [{path}]. Allowed methods: [{allowed}]"
+    return framework_error(path, 405, failure.detail, text, {"Allow": allowed})
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What the path of a request can be asked with; several routes may share it."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return sorted({name for r in routes if r.path_regex.match(request.url.path) for name in r.methods or ()})

@@ -1,0 +1,60 @@
+"""The body of an API request: read within a limit, decoded strictly."""
+
+import json
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+
+from wave_proxy.errors import BodyTooLarge, RequestInvalid, clip
+
+# Small values take many times their own length in memory; a request has some hundred of them.
+MAX_COMMAS = 200_000
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object that a request carries, whatever its content type.
+
+    Raises BodyTooLarge, before anything was read where the length is announced; RequestInvalid.
+    """
+    return decode_object(await _read(request, max_bytes))
+
+
+async def _read(request: Request, max_bytes: int) -> bytearray:
+    too_large = BodyTooLarge(f"The request body is over the limit of {max_bytes} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return body
+
+
+def decode_object(body: bytes | bytearray) -> dict[str, Any]:
+    """Decode a JSON object. Raises RequestInvalid, also for keys that come twice: which one counts is a guess."""
+    if not body.strip():
+        raise RequestInvalid("The request body is empty: expected a JSON object")
+    if body.count(b",") > MAX_COMMAS:
+        raise RequestInvalid("The request body has too many values")
+    try:
+        document = orjson.loads(body)
+        # orjson says nothing of keys that come twice; this pass keeps nothing of what it reads.
+        json.loads(body, object_pairs_hook=_refuse_repeated_keys, parse_int=str, parse_float=str)
+    except orjson.JSONDecodeError as err:
+        raise RequestInvalid(f"The request body is not valid JSON: {err}") from None
+    except RecursionError:
+        raise RequestInvalid("The request body is not valid JSON: nested too deeply") from None
+    if not isinstance(document, dict):
+        raise RequestInvalid("The request body is not a JSON object")
+    return document
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, None]]) -> None:
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise RequestInvalid(f"The request body has the key {clip(key, 60)} more than once in one object")
+        seen.add(key)

@@ -1,0 +1,24 @@
+"""Answers in the forms that all endpoints share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+
+def json_reply(document: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON document."""
+    return Response(orjson.dumps(document), status, headers, "application/json")
+
+
+def framework_error(
+    path: str, status: int, title: str, text: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The form of errors that no endpoint is responsible for (``wave.md`` §0.3)."""
+    document = {
+        "_links": {"self": [{"href": path, "templated": False}]},
+        "_embedded": {"errors": [{"message": text}]},
+        "message": title,
+    }
+    return json_reply(document, status, headers)

@@ -1,0 +1,153 @@
+"""Rules over several members of a container request, and which of them ask for something that is not built in yet."""
+
+from collections.abc import Iterator
+
+from api.schema import PackagesSpec, Submission
+from wave_proxy.errors import NotImplementedHere, RequestInvalid
+from wave_proxy.image.oci import parse_platforms
+from wave_proxy.image.reference import parse_reference
+
+_MULTI_PLATFORM = ["linux/amd64", "linux/arm64"]
+_PIXI = "conda/pixi:v1"
+_TEMPLATES = {
+    "CONDA": (None, "conda/micromamba:v1", "conda/micromamba:v2", _PIXI),
+    "CRAN": (None, "cran/installr:v1", "conda/micromamba:v1"),
+}
+
+
+def check_rules(request: Submission, *, legacy: bool) -> None:
+    """Raises RequestInvalid with every rule that the request breaks, in the order and words of ``wave.md`` §4.4-4.8.
+
+    ``legacy`` is for requests to the deprecated endpoint.
+    """
+    broken = list(_mirror_rules(request, legacy=legacy) if request.mirror else _source_rules(request, legacy=legacy))
+    if broken:
+        raise RequestInvalid("; ".join(dict.fromkeys(broken)))
+
+
+def check_supported(request: Submission) -> None:
+    """Raises NotImplementedHere, in the service's own words, for what takes a build, a mirror or a scan.
+
+    Attributes that only say how a build would be done (repositories, compression, template) do not make one: Nextflow
+    sends them with requests for plain images too, when its configuration has them.
+    """
+    if request.scan_mode in ("async", "required"):
+        raise _not_enabled("Security scan", "scan")
+    if request.mirror:
+        raise _not_enabled("Container mirror", "mirror")
+    wants_build = (
+        request.container_file,
+        request.packages,
+        request.conda_file,
+        request.freeze,
+        request.build_context,
+        request.name_strategy,
+    )
+    if any(wants_build):
+        raise _not_enabled("Container build", "build")
+
+
+def _not_enabled(service: str, key: str) -> NotImplementedHere:
+    return NotImplementedHere(
+        f"{service} service is not enabled - Check Wave configuration setting 'wave.{key}.enabled'"
+        " - HTTP status=501 - response=-"
+    )
+
+
+def _mirror_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
+    """Source: ``wave.md`` §4.4."""
+    if legacy:
+        yield "Container mirroring requires the use of v2 API"
+    if not request.container_image:
+        yield "Attribute `containerImage` is required when specifying `mirror` mode"
+    if not request.tower_access_token:
+        yield "Container mirroring requires an authenticated request - specify the tower token attribute"
+    conflicts = {
+        "freeze": request.freeze,
+        "containerFile": request.container_file,
+        "containerIncludes": request.container_includes,
+        "containerConfig": request.config,
+    }
+    for name, value in conflicts.items():
+        if value:
+            yield f"Attribute `mirror` and `{name}` conflict each other"
+    if not request.build_repository:
+        yield "Attribute `buildRepository` is required when specifying `mirror` mode"
+    elif request.container_image and _registry_of(request.build_repository) == _registry_of(request.container_image):
+        yield f"Source and target mirror registry are the same - offending value '{request.build_repository}'"
+
+
+def _registry_of(name: str) -> str:
+    """The registry of an image name, or of a mirror's target, which may be a host alone."""
+    is_host = "/" not in name and "." in name.partition(":")[0]
+    return parse_reference(f"{name}/image" if is_host else name).registry
+
+
+def _source_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
+    yield from _version_rules(request, legacy=legacy)
+    yield from _freeze_rules(request, legacy=legacy)
+    if request.packages and not legacy:
+        yield from _package_rules(request.packages, request.build_template)
+    yield from _platform_rules(request)
+    wants_packages = request.packages or (request.conda_file and not legacy)
+    if not (request.container_image or request.container_file or wants_packages):
+        yield "Specify either 'containerImage' or 'containerFile' attribute"
+    if request.container_image and request.container_file:
+        yield "Attributes 'containerImage' and 'containerFile' cannot be used in the same request"
+    if request.format == "sif" and not request.freeze:
+        yield "Singularity build is only allowed enabling freeze mode - see 'wave.freeze' setting"
+
+
+def _version_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
+    """Source: ``wave.md`` §4.6; condaFile of the newer endpoint stands for packages.environment (decision 7)."""
+    if legacy:
+        if request.packages:
+            yield "Attribute `packages` is not allowed"
+        if request.name_strategy:
+            yield "Attribute `nameStrategy` is not allowed by legacy container endpoint"
+        return
+    if request.container_file and (request.packages or request.conda_file):
+        yield "Attribute `containerFile` and `packages` conflicts each other"
+    if request.packages and request.conda_file:
+        yield "Attribute `condaFile` is deprecated - use `packages` instead"
+
+
+def _freeze_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
+    if not request.freeze or request.build_repository:
+        return
+    wants_packages = not legacy and (request.packages or request.conda_file)
+    sources = (request.container_file, request.container_image, wants_packages)
+    for number, source in enumerate(sources, 1):
+        if source:
+            yield f"Attribute `buildRepository` must be specified when using freeze mode [{number}]"
+            return
+
+
+def _package_rules(packages: PackagesSpec, template: str | None) -> Iterator[str]:
+    """Source: ``wave.md`` §4.7a to c."""
+    kind = packages.type
+    if kind == "CRAN" and template == _PIXI:
+        yield f"Package type 'CRAN' not supported by '{_PIXI}' build template"
+    elif template not in _TEMPLATES.get(kind or "", ("conda/micromamba:v1",)):
+        yield f"Unexpected or missing package type '{kind or '-'}' or build template '{(template or '-')[:100]}'"
+    entries = packages.entries or []
+    if any(entry.startswith(("http://", "https://")) for entry in entries):
+        if template == _PIXI:
+            yield f"Conda lock file is not supported by '{_PIXI}' template"
+        elif len(entries) > 1:
+            yield "No more than one Conda lock remote file can be specified at the same time"
+    if any(entry.startswith("pip::") for entry in entries):
+        yield "Invalid pip prefix - Likely you want to use 'pip:numpy' instead of 'pip::numpy'"
+
+
+def _platform_rules(request: Submission) -> Iterator[str]:
+    """Source: ``wave.md`` §4.5c."""
+    platforms = parse_platforms(request.container_platform) if request.container_platform else ()
+    if len(platforms) < 2:
+        return
+    if [str(platform) for platform in platforms] != _MULTI_PLATFORM:
+        yield "Only linux/amd64,linux/arm64 multi-platform combination is currently supported"
+    if not (request.container_file or request.packages or request.conda_file):
+        yield "Multi-platform builds require either 'containerFile' or 'packages' attribute"
+    if request.format == "sif":
+        yield "Multi-platform builds are not supported for Singularity format"

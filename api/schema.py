@@ -1,0 +1,353 @@
+"""What a container request is on the wire: its members, their types, and the rules that each keeps by itself.
+
+Unknown members are ignored, null and empty text mean absent, a single value stands for an array of one, and digits in
+a string for a number (``wave.md`` §0.2). Every member that breaks a rule is reported, all in one error.
+"""
+
+from collections.abc import Callable
+from re import compile as compile_pattern
+from typing import Annotated, Any, Literal, NoReturn, Self, cast
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from api.locations import OpenHosts, blob_digest, check_location
+from wave_proxy.errors import RequestInvalid, clip
+from wave_proxy.image.oci import parse_digest, parse_platforms
+from wave_proxy.image.reference import parse_reference
+from wave_proxy.image.request import ContainerConfig, Layer
+
+MAX_INCLUDES = 10
+MAX_LAYERS = 100  # clients and overlayfs stop at about 127, those of the image included
+MAX_ITEMS = 4096
+MAX_CONDA_FILE_CHARS = 50_000
+MAX_CONTAINER_FILE_CHARS = 10_000
+MAX_NAME_CHARS = 1000
+MAX_REPORTED = 20
+
+_DIGITS = compile_pattern(r"-?[0-9]{1,18}")
+_SCHEME = compile_pattern(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+# Values of these are never repeated in a message: secrets, and base64 by the megabyte.
+_HIDDEN = frozenset(
+    {"towerAccessToken", "towerRefreshToken", "location", "containerFile", "condaFile", "environment", "env"}
+)
+
+
+# --- kinds of members ------------------------------------------------------------------------------------------------
+
+
+def _broken(text: str) -> NoReturn:
+    raise PydanticCustomError("rule", "{text}", {"text": text})
+
+
+def _rule(check: Callable[[str], object]) -> AfterValidator:
+    """Text that ``check``, which raises RequestInvalid, finds nothing wrong with; the text itself stays as it is."""
+
+    def validate(value: str) -> str:
+        try:
+            check(value)
+        except RequestInvalid as err:
+            _broken(str(err))
+        return value
+
+    return AfterValidator(validate)
+
+
+def _check_place(value: str, info: ValidationInfo) -> str:
+    try:
+        check_location(value, cast(OpenHosts, info.context))
+    except RequestInvalid as err:
+        _broken(str(err))
+    return value
+
+
+def _blank_is_absent(value: object) -> object:
+    return None if value == "" else value
+
+
+def _as_list(value: object) -> object:
+    items = value if isinstance(value, list) else [value]
+    if len(items) > MAX_ITEMS:
+        _broken(f"has {len(items)} items, and may have {MAX_ITEMS}")
+    return items
+
+
+def _as_number(value: object) -> object:
+    return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
+
+
+def _check_image_name(text: str) -> None:
+    """Source: ``wave.md`` §4.3, rules 4 and 5."""
+    if _SCHEME.search(text):
+        raise RequestInvalid(f"Invalid container repository name — offending value: '{text[:200]}'")
+    if len(text) > MAX_NAME_CHARS:
+        raise RequestInvalid(f"Invalid container image name — longer than {MAX_NAME_CHARS} characters")
+    reference = parse_reference(text)
+    if reference.is_digest:
+        parse_digest(reference.reference)
+
+
+def _check_repository(text: str, label: str, *, may_be_host: bool = False) -> None:
+    """Source: ``wave.md`` §4.3, rules 6 to 8; a digest is refused like a tag."""
+    shown = f"offending value: '{text[:200]}'"
+    if _SCHEME.search(text):
+        raise RequestInvalid(f"{label} should not include any protocol prefix - {shown}")
+    head, slash, last = text.rpartition("/")
+    name, suffix, _ = last.replace("@", ":").partition(":")
+    is_host = not slash and "." in name
+    if is_host and may_be_host:
+        return
+    try:
+        parse_reference(f"{head}{slash}{name}")
+    except RequestInvalid:
+        is_host = True
+    if is_host or len(text) > MAX_NAME_CHARS:
+        raise RequestInvalid(f"{label} is invalid or incomplete - {shown}")
+    if suffix:
+        raise RequestInvalid(f"{label} should not include any tag suffix - {shown}")
+
+
+def _check_cache_repository(text: str) -> None:
+    _check_repository(text, "Container build cache repository")
+
+
+def _size_rule(label: str, limit: int) -> AfterValidator:
+    def check(text: str) -> None:
+        if len(text) > limit:
+            raise RequestInvalid(f"{label} file size exceeds the maximum allowed size of {limit} bytes")
+
+    return _rule(check)
+
+
+def _check_sha256(text: str) -> None:
+    if not parse_digest(text).startswith("sha256:"):
+        raise RequestInvalid(f"{clip(text)} is not a sha256 digest: expected sha256:<64 lower-case hex digits>")
+
+
+def _check_variable(text: str) -> None:
+    # Container runtimes do not start anything whose environment holds something else.
+    if text.find("=") < 1 or "\0" in text:
+        raise RequestInvalid("expected NAME=value")
+
+
+def _check_includes(names: list[str]) -> list[str]:
+    if len(names) > MAX_INCLUDES:
+        _broken(f"The number of container inclusions cannot be greater than {MAX_INCLUDES}")
+    return names
+
+
+_ABSENT = BeforeValidator(_blank_is_absent)
+_LISTED = BeforeValidator(_as_list)
+
+Text = Annotated[str | None, _ABSENT]
+Number = Annotated[int, BeforeValidator(_as_number)]
+Texts = Annotated[list[str], _LISTED] | None
+Digest = Annotated[str, _rule(_check_sha256)]
+ImageName = Annotated[str, _rule(_check_image_name)]
+
+
+# --- the request -----------------------------------------------------------------------------------------------------
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True, strict=True)
+
+
+class LayerSpec(_Wire):
+    """A layer to add, or a build context."""
+
+    location: Annotated[str, AfterValidator(_check_place)]
+    gzip_digest: Digest
+    gzip_size: Annotated[Number, Field(gt=0)]
+    tar_digest: Digest
+
+    @model_validator(mode="after")
+    def _is_one_blob(self) -> Self:
+        digest = blob_digest(self.location)
+        if digest and digest != self.gzip_digest:
+            _broken(f"location names the blob {digest}, and gzipDigest is {self.gzip_digest}")
+        return self
+
+    def to_layer(self) -> Layer:
+        """The layer in the words of the domain."""
+        return Layer(self.location, self.gzip_digest, self.gzip_size, self.tar_digest)
+
+
+class ConfigSpec(_Wire):
+    """Settings and layers to put into the image."""
+
+    entrypoint: Texts = None
+    cmd: Texts = None
+    env: Annotated[list[Annotated[str, _rule(_check_variable)]], _LISTED] | None = None
+    working_dir: Text = None
+    layers: Annotated[list[LayerSpec], Field(max_length=MAX_LAYERS), _LISTED] | None = None
+
+    def to_config(self) -> ContainerConfig:
+        """The settings in the words of the domain; false when nothing is set."""
+        return ContainerConfig(
+            entrypoint=tuple(self.entrypoint or ()),
+            cmd=tuple(self.cmd or ()),
+            env=tuple(self.env or ()),
+            working_dir=self.working_dir or "",
+            layers=tuple(layer.to_layer() for layer in self.layers or ()),
+        )
+
+
+class CondaOptions(_Wire):
+    """How Conda images are built."""
+
+    mamba_image: Text = None
+    commands: Texts = None
+    base_packages: Text = None
+    base_image: Text = None
+
+
+class PixiOptions(_Wire):
+    """How Conda images are built with Pixi."""
+
+    pixi_image: Text = None
+    commands: Texts = None
+    base_packages: Text = None
+    base_image: Text = None
+
+
+class CranOptions(_Wire):
+    """How R images are built."""
+
+    r_image: Text = None
+    commands: Texts = None
+    base_packages: Text = None
+
+
+class PackagesSpec(_Wire):
+    """Packages to build an image from."""
+
+    type: Literal["CONDA", "CRAN"] | None = None
+    environment: Text = None
+    entries: Texts = None
+    channels: Texts = None
+    conda_opts: CondaOptions | None = None
+    pixi_opts: PixiOptions | None = None
+    cran_opts: CranOptions | None = None
+
+
+class Compression(_Wire):
+    """How built layers are compressed."""
+
+    mode: Literal["gzip", "estargz", "zstd"] | None = None
+    level: Number | None = None
+    force: bool | None = None
+
+
+class Submission(_Wire):
+    """The body of both POST endpoints. Rules over several members are in ``api.rules``."""
+
+    tower_access_token: Annotated[str | None, _ABSENT, Field(repr=False)] = None
+    tower_refresh_token: Annotated[str | None, _ABSENT, Field(repr=False)] = None
+    tower_endpoint: Text = None
+    tower_workspace_id: Annotated[Number | None, _ABSENT] = None
+    mirror: bool | None = None  # before buildRepository, whose rules depend on it
+    container_image: Annotated[ImageName | None, _ABSENT] = None
+    container_file: Annotated[
+        Annotated[str, _size_rule("Container", MAX_CONTAINER_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
+    ] = None
+    container_config: ConfigSpec | None = None
+    conda_file: Annotated[
+        Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
+    ] = None
+    container_platform: Annotated[Annotated[str, _rule(parse_platforms)] | None, _ABSENT] = None
+    build_repository: Text = None
+    cache_repository: Annotated[Annotated[str, _rule(_check_cache_repository)] | None, _ABSENT] = None
+    timestamp: Text = None
+    fingerprint: Text = None
+    freeze: bool | None = None
+    build_context: LayerSpec | None = None
+    format: Text = None
+    dry_run: bool | None = None
+    workflow_id: Text = None
+    container_includes: Annotated[list[ImageName], AfterValidator(_check_includes), _LISTED] | None = None
+    packages: PackagesSpec | None = None
+    name_strategy: Literal["none", "tagPrefix", "imageSuffix"] | None = None
+    scan_mode: Literal["none", "async", "required"] | None = None
+    scan_levels: Annotated[list[Literal["LOW", "MEDIUM", "HIGH", "CRITICAL"]], _LISTED] | None = None
+    build_compression: Compression | None = None
+    build_template: Text = None
+
+    @field_validator("build_repository")
+    @classmethod
+    def _is_repository(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
+        try:
+            _check_repository(value, "Container build repository", may_be_host=bool(info.data.get("mirror")))
+        except RequestInvalid as err:
+            _broken(str(err))
+        return value
+
+    @property
+    def config(self) -> ContainerConfig:
+        """The asked-for changes; false when there are none, as with an object of nulls."""
+        return self.container_config.to_config() if self.container_config else ContainerConfig()
+
+
+def parse_submission(document: dict[str, Any], hosts: OpenHosts) -> Submission:
+    """Read the body of a container request.
+
+    Raises RequestInvalid whose message names every wrong member by its path, with the value (cut short; never that of
+    a secret) and the rule.
+    """
+    try:
+        return Submission.model_validate(document, context=hosts)
+    except ValidationError as err:
+        found = [_explain(error) for error in err.errors(include_url=False)]
+    more = [f"and {len(found) - MAX_REPORTED} more"] if len(found) > MAX_REPORTED else []
+    raise RequestInvalid("; ".join(found[:MAX_REPORTED] + more))
+
+
+# --- what was wrong --------------------------------------------------------------------------------------------------
+
+_RULES = {
+    "string_type": "expected a string",
+    "int_type": "expected a whole number",
+    "bool_type": "expected true or false",
+    "list_type": "expected an array",
+    "model_type": "expected an object",
+    "greater_than": "expected a number greater than 0",
+}
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    match error:
+        case {"type": "missing"} | {"input": None}:
+            return f"{path}: required"
+        case {"type": "rule"}:
+            return f"{path}: {error['msg']}"
+        case {"type": "too_long", "ctx": {"actual_length": actual, "max_length": limit}}:
+            return f"{path}: has {actual} items, and may have {limit}"
+        case {"type": "literal_error", "ctx": {"expected": expected}}:
+            rule = f"expected {expected}"
+        case _:
+            rule = _RULES.get(error["type"], error["msg"])
+    return f"{path}: {rule}, got {_shown(error)}"
+
+
+def _shown(error: ErrorDetails) -> str:
+    value = error["input"]
+    kind = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+    if isinstance(value, dict | list) or not _HIDDEN.isdisjoint(error["loc"]):
+        return kind
+    text = orjson.dumps(value[:80] if isinstance(value, str) else value).decode()
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,0 +1,1 @@
+"""Builder worker: claims builds and runs them."""

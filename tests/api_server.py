@@ -1,0 +1,114 @@
+"""Runs the REST application in this process, on a loopback port and a thread of its own."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
+from socket import socket
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self
+
+import uvicorn
+from starlette.applications import Starlette
+
+from api.accounts import Accounts
+from api.app import create_app
+from api.containers import Containers
+from api.locations import OpenHosts, address_of
+from tests.servers import Response, http_request
+from wave_proxy.state.redis import check, connect
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.egress import Egress, endpoint_for
+from wave_proxy.upstream.registry import Registry
+
+AUTHORITY = "wave.example:9090"
+
+
+class ApiServer:
+    """A context manager. ``upstreams`` are addresses that the configuration opens; registries are asked once."""
+
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        upstreams: Iterable[str] = (),
+        accounts: Mapping[str, str] | None = None,
+        max_body_bytes: int = 1_000_000,
+        lifetime_s: float = 3600.0,
+    ) -> None:
+        self._redis_url = redis_url
+        self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
+        self._accounts = Accounts(accounts or {})
+        self._max_body_bytes = max_body_bytes
+        self._lifetime_s = lifetime_s
+        self._server: uvicorn.Server | None = None
+        self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
+        self._listener = socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    async def _serve(self) -> None:
+        async with AsyncExitStack() as stack:
+            config = uvicorn.Config(
+                self._compose(stack), lifespan="off", log_config=None, access_log=False, proxy_headers=False
+            )
+            self._server = uvicorn.Server(config)
+            await self._server.serve([self._listener])
+
+    def _compose(self, stack: AsyncExitStack) -> Starlette:
+        redis = connect(self._redis_url)
+        egress = Egress(self._endpoints, response_timeout_s=5.0)
+        registry = Registry(egress, Credentials({}), attempts=1)
+        for close in (redis.aclose, egress.close, registry.close):
+            stack.push_async_callback(close)
+        hosts = OpenHosts(
+            frozenset(self._endpoints), frozenset(address_of(endpoint.url) for endpoint in self._endpoints.values())
+        )
+        containers = Containers(
+            TokenStore(redis),
+            registry,
+            self._accounts,
+            hosts,
+            authority=AUTHORITY,
+            lifetime_s=self._lifetime_s,
+            max_body_bytes=self._max_body_bytes,
+        )
+        return create_app(containers, partial(check, redis))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None, "it never began to serve"
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+        assert not self._thread.is_alive(), "the api's thread does not end"
+
+    def request(self, method: str, path: str, **arguments: Any) -> Response:
+        """One request; ``body`` and ``headers`` as for http_request."""
+        return http_request(self.address, method, path, **arguments)
+
+    def post(self, path: str = "/v1alpha2/container", **attributes: Any) -> Response:
+        """A container request."""
+        return self.request("POST", path, body=attributes)
+
+    def submit(self, path: str = "/v1alpha2/container", **attributes: Any) -> dict[str, Any]:
+        """The answer to a container request. Raises AssertionError unless it is granted."""
+        answer = self.post(path, **attributes)
+        assert answer.status == 200, f"{answer.status} {answer.body!r}"
+        document: dict[str, Any] = answer.json()
+        return document
+
+    def refuse(self, path: str = "/v1alpha2/container", **attributes: Any) -> tuple[int, str]:
+        """Status and message of the answer to a container request. Raises AssertionError when it is granted."""
+        answer = self.post(path, **attributes)
+        assert answer.status >= 400, f"{answer.status} {answer.body!r}"
+        document = answer.json()
+        assert list(document) == ["message"]
+        return answer.status, document["message"]

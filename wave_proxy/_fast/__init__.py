@@ -1,0 +1,1 @@
+"""Cython kernels: calculations on bytes, without loop, Redis, logging, configuration or clock."""

@@ -1,0 +1,1 @@
+"""What lives on disk: verified blobs, manifests and tags, and the fetches that fill them."""

@@ -1,0 +1,119 @@
+"""The byte cap of the data folder: the blobs that were not used for longest go first.
+
+Any process may evict, one at a time: a lock file decides. What is being read is locked by its reader and stays; the
+spool counts into the cap, and spools that no process fills any more are taken over by the next fill or go after an
+hour.
+"""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+import structlog
+
+from wave_proxy.cache.blobs import SIZE_SUFFIX
+
+_log = structlog.get_logger()
+
+_LOW_WATER = 0.95  # evict down to this share of the cap, so that not every new blob starts a walk
+_STALE_SPOOL_S = 3600.0
+_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: str
+    size: int
+    used: float
+
+
+class Evictor:
+    """Keeps ``<root>/blobs``, ``<root>/manifests`` and ``<root>/spool`` together within ``max_bytes``."""
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self._root = root
+        self._max_bytes = max_bytes
+        self._nudged = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Look at the sizes soon: a blob was added."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Evict after each nudge, and every now and then, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(_INTERVAL_S):
+                    await self._nudged.wait()
+            except TimeoutError:
+                pass
+            self._nudged.clear()
+            await asyncio.to_thread(self.evict)
+
+    def evict(self, wanted: int = 0) -> int:
+        """Get under the cap, and free at least ``wanted`` bytes if it is given; returns what was freed. Blocking."""
+        with open(self._root / "evict.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0  # another process is at it
+            self._drop_stale_spools()
+            stored = [*_files(self._root / "blobs"), *_files(self._root / "manifests")]
+            files = sorted(stored, key=lambda file: file.used)
+            total = sum(file.size for file in files) + sum(file.size for file in _files(self._root / "spool"))
+            over_cap = total + wanted - self._max_bytes
+            excess = over_cap + int(self._max_bytes * (1 - _LOW_WATER)) if over_cap > 0 else 0
+            if wanted:  # the disk itself is full: the cap is no measure then
+                excess = max(excess, wanted)
+            if not excess:
+                return 0
+            freed = self._free(files, excess)
+        _log.info("evicted", bytes=freed, total=total - freed, cap=self._max_bytes)
+        return freed
+
+    def _free(self, files: list[_File], excess: int) -> int:
+        freed = 0
+        for file in files:
+            if freed >= excess:
+                break
+            if _unlink_unread(file.path):
+                freed += file.size
+        return freed
+
+    def _drop_stale_spools(self) -> None:
+        for file in _files(self._root / "spool"):
+            spool = file.path.removesuffix(SIZE_SUFFIX)
+            stale = file.used < time() - _STALE_SPOOL_S
+            if stale and (file.path == spool or not os.path.exists(spool)):
+                _unlink_unread(file.path)
+
+
+def _files(folder: Path) -> Iterator[_File]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                continue
+            yield _File(path, status.st_size, status.st_mtime)
+
+
+def _unlink_unread(path: str) -> bool:
+    """Remove a file that no process has locked; whether it was removed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    finally:
+        os.close(fd)
+    return True

@@ -1,0 +1,50 @@
+"""Which digests may be read through which upstream repository.
+
+Content is shared between all repositories, permission is not: that a blob lies in the store does not mean that
+whoever knows its digest may have it. A digest is granted to a repository when upstream has served it from there, or
+served a manifest that names it. ``<root>/grants/<hash of registry/repository>/<digest>`` is an empty file, so that
+the workers of a machine share what they learn.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+_MEMORY = 200_000
+
+
+class Grants:
+    """What upstream has shown us, per repository."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "grants"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._known: set[tuple[str, str]] = set()
+
+    def has(self, repository: str, digest: str) -> bool:
+        """Whether ``digest`` was seen in ``repository`` (``registry/repository``)."""
+        if (repository, digest) in self._known:
+            return True
+        if not self._path(repository, digest).exists():
+            return False
+        self._remember(repository, digest)
+        return True
+
+    def add(self, repository: str, digests: Iterable[str]) -> None:
+        """Record that upstream serves these digests from ``repository``; on a full disk, for this worker only."""
+        for digest in digests:
+            if (repository, digest) not in self._known:
+                self._remember(repository, digest)
+                path = self._path(repository, digest)
+                with suppress(OSError):
+                    path.parent.mkdir(exist_ok=True)
+                    path.touch()
+
+    def _remember(self, repository: str, digest: str) -> None:
+        if len(self._known) >= _MEMORY:
+            self._known.clear()
+        self._known.add((repository, digest))
+
+    def _path(self, repository: str, digest: str) -> Path:
+        return self._folder / sha256(repository.encode()).hexdigest()[:32] / digest.replace(":", "-")

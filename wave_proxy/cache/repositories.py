@@ -1,0 +1,187 @@
+"""What upstream repositories hold, through the cache: fetched once, and shown only where it was granted."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+from wave_proxy._fast.digest import Verifier
+from wave_proxy.cache.blobs import BlobStore, StoredBlob
+from wave_proxy.cache.fill import FillReader, Fills, Opener, ReadAlong
+from wave_proxy.cache.flight import Flights
+from wave_proxy.cache.grants import Grants
+from wave_proxy.cache.manifests import ManifestStore, StoredManifest
+from wave_proxy.cache.tags import TagAnswer, Tags
+from wave_proxy.errors import StorageFull, UpstreamError
+from wave_proxy.image.oci import matches, read_manifest
+from wave_proxy.upstream.registry import BlobStream, Registry
+
+CacheState = Literal["HIT", "MISS", "FILL", "STALE"]
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBlob:
+    """A blob that can be read: a file, whole or growing, or (when the disk is full) upstream's own stream.
+
+    ``size`` is None when upstream does not tell it. Exactly one of ``source`` and ``stream`` is there; a source must be
+    closed, a stream must be read or closed.
+    """
+
+    size: int | None
+    state: CacheState
+    source: StoredBlob | FillReader | None = None
+    stream: "PassThrough | None" = None
+
+
+class Repositories:
+    """Upstream's repositories as this machine knows them."""
+
+    def __init__(
+        self, registry: Registry, tags: Tags, manifests: ManifestStore, blobs: BlobStore, fills: Fills, grants: Grants
+    ) -> None:
+        self.registry = registry
+        self._tags = tags
+        self._manifests = manifests
+        self._blobs = blobs
+        self._fills = fills
+        self._grants = grants
+        self._fetching: Flights[tuple[str, str], StoredManifest] = Flights()
+
+    async def find_tag(self, registry: str, repository: str, tag: str) -> TagAnswer:
+        """What ``tag`` stands for. Raises ManifestUnknown, Denied, UpstreamError, TooManyRequests."""
+
+        async def ask() -> str:
+            head = await self.registry.head_manifest(registry, repository, tag)
+            if head.digest:
+                return head.digest
+            fetched = await self.registry.fetch_manifest(registry, repository, tag)
+            manifest = StoredManifest(fetched.content, fetched.media_type, fetched.digest)
+            self._keep(f"{registry}/{repository}", manifest)
+            return manifest.digest
+
+        return await self._tags.find(f"{registry}/{repository}:{tag}", ask)
+
+    async def fetch_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest:
+        """The manifest of that digest in that repository. Raises as ``find_tag``, and ContentMismatch."""
+        name = f"{registry}/{repository}"
+        known = self._manifests.find(digest) if self._grants.has(name, digest) else None
+        if known is not None:
+            return known
+
+        async def fetch() -> StoredManifest:
+            fetched = await self.registry.fetch_manifest(registry, repository, digest)
+            manifest = StoredManifest(fetched.content, fetched.media_type, fetched.digest)
+            self._keep(name, manifest)
+            return manifest
+
+        return await self._fetching.run((name, digest), fetch)
+
+    def _keep(self, name: str, manifest: StoredManifest) -> None:
+        named = read_manifest(manifest.content, manifest.media_type).descriptors()
+        self._manifests.put(manifest)
+        self._grants.add(name, (manifest.digest, *(descriptor.digest for descriptor in named)))
+
+    def is_granted(self, registry: str, repository: str, digest: str) -> bool:
+        """Whether upstream is known to serve that digest from that repository."""
+        return self._grants.has(f"{registry}/{repository}", digest)
+
+    async def find_size(self, registry: str, repository: str, digest: str) -> int | None:
+        """A blob's size; None when upstream does not tell it. Fetches no more than a head. Raises as ``open_blob``."""
+        if self.is_granted(registry, repository, digest):
+            stored = self._blobs.find(digest)
+            if stored is not None:
+                stored.close()
+                return stored.size
+        size = await self.registry.head_blob(registry, repository, digest)
+        self._grants.add(f"{registry}/{repository}", (digest,))
+        return size
+
+    async def open_blob(self, registry: str, repository: str, digest: str, size: int | None = None) -> OpenBlob:
+        """Open a blob of that repository. Raises BlobUnknown, Denied, UpstreamError, TooManyRequests."""
+        if not self.is_granted(registry, repository, digest):
+            await self.find_size(registry, repository, digest)
+
+        def opener(start: int, known: int | None) -> AbstractAsyncContextManager[BlobStream]:
+            return self.registry.open_blob(registry, repository, digest, start=start, size=known)
+
+        return await self.open_content(digest, opener, size)
+
+    async def open_content(self, digest: str, opener: Opener, size: int | None = None) -> OpenBlob:
+        """Open content by digest, from the store or else through ``opener``; the caller has checked the permission."""
+        stored = self._blobs.find(digest)
+        if stored is not None:
+            return OpenBlob(stored.size, "HIT", stored)
+        under_way = digest in self._fills
+        fill = self._fills.join(digest, opener, size)
+        try:
+            await fill.started()
+        except StorageFull:
+            through = PassThrough(digest, opener(0, size))
+            return OpenBlob(await through.open(), "MISS", stream=through)
+        return OpenBlob(fill.size, "FILL" if under_way else "MISS", fill.reader())
+
+    async def read_config(self, registry: str, repository: str, digest: str, size: int) -> bytes:
+        """The whole content of an image's config. Raises as ``open_blob``; UpstreamError when it is too large."""
+        if size > MAX_CONFIG_BYTES:
+            raise UpstreamError(f"the image's config {digest} is said to have {size} bytes; at most {MAX_CONFIG_BYTES}")
+        blob = await self.open_blob(registry, repository, digest, size)
+        content = await _read_all(blob)
+        if not matches(content, digest):
+            self._blobs.discard(digest)
+            raise UpstreamError(f"the stored config {digest} was damaged and has been dropped; pull again")
+        return content
+
+    async def close(self) -> None:
+        """End what is being fetched."""
+        await self._fetching.close()
+        await self._tags.close()
+        await self._fills.close()
+
+
+async def _read_all(blob: OpenBlob) -> bytes:
+    stream = blob.stream or (ReadAlong(blob.source) if isinstance(blob.source, FillReader) else None)
+    if stream is not None:
+        try:
+            return b"".join([chunk async for chunk in stream])
+        finally:
+            await stream.aclose()
+    assert isinstance(blob.source, StoredBlob)  # noqa: S101
+    try:
+        return os.pread(blob.source.fd, blob.source.size, 0)
+    finally:
+        blob.source.close()
+
+
+class PassThrough:
+    """Upstream's stream for one client, for when the disk is full: verified, with the last chunk held back."""
+
+    def __init__(self, digest: str, transfer: AbstractAsyncContextManager[BlobStream]) -> None:
+        self._digest = digest
+        self._transfer = transfer
+        self._stream: BlobStream | None = None
+
+    async def open(self) -> int | None:
+        """Begin; returns the size that upstream tells. Raises what the transfer raises."""
+        self._stream = await self._transfer.__aenter__()
+        return self._stream.size
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        assert self._stream is not None  # noqa: S101
+        verifier = Verifier(self._digest, -1 if self._stream.size is None else self._stream.size)
+        held = b""
+        async for chunk in self._stream.chunks:
+            verifier.update(chunk)
+            if held:
+                yield held
+            held = chunk
+        verifier.finish()
+        yield held
+
+    async def aclose(self) -> None:
+        """End the transfer, wherever it is."""
+        if self._stream is not None:
+            self._stream = None
+            await self._transfer.__aexit__(None, None, None)

@@ -1,0 +1,295 @@
+"""The settings: one frozen object, read once from a TOML file and the environment, which wins.
+
+Only ``__main__`` modules read it; everything else is handed the values that it needs. ``docs/configuration.md`` is
+generated from here, so each field's description is what users read.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import to_json
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from wave_proxy.image.reference import is_registry
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS_B |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
+_QUOTA = re.compile(r"\d+\s*/\s*\d+(?:\.\d+)?\s*(?:ms|s|m|h|d)")
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        return float(match[1]) * _UNITS_S[match[2]]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError('expected a duration such as "500ms", "10s", "15m", "36h" or "2d"')
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * _UNITS_B[match[2]])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError('expected a size such as "512MB", "50GB" or "4GiB"')
+
+
+def _quota(value: object) -> object:
+    if value == "off" or (isinstance(value, str) and _QUOTA.fullmatch(value.strip())):
+        return value
+    raise ValueError('expected "<max>/<duration>", such as "100/1h", or "off"')
+
+
+def _path(value: object) -> object:
+    return None if value == "" else value
+
+
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+Quota = Annotated[str, BeforeValidator(_quota)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_path)]  # empty text: none
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RegistrySettings(_Section):
+    """One table a registry host, as in image names: `[registries."docker.io"]`, `[registries."127.0.0.1:5055"]`."""
+
+    endpoint: str = Field(
+        "", description="Where it is reached, with scheme: a mirror, a test. Empty: `https://<host>`."
+    )
+    username: str = Field("", description="User for this registry.")
+    password: SecretStr = Field(SecretStr(""), description="Password or access token of that user.")
+    password_file: OptionalPath = Field(None, description="File that holds the password, read at start.")
+    insecure: bool = Field(
+        False, description="Speak plain http. Loopback hosts always do, unless `endpoint` says https."
+    )
+    allow_private: bool | None = Field(
+        None,
+        description="Whether this host may resolve to loopback or private addresses. "
+        "Unset: only where `endpoint` names such an address.",
+    )
+    ca_file: OptionalPath = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
+    proxy: str = Field("", description="Forward proxy (`http://host:port`) through which this registry is reached.")
+
+    def read_password(self) -> str:
+        """The password, from its file if there is one. Raises OSError."""
+        if self.password_file is not None:
+            return self.password_file.read_text().strip()
+        return self.password.get_secret_value()
+
+    @field_validator("endpoint", "proxy")
+    @classmethod
+    def _has_scheme(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("expected an address that begins with http:// or https://")
+        return value.rstrip("/")
+
+
+class HttpSettings(_Section):
+    """Limits of the port."""
+
+    header_timeout: Duration = Field(15.0, description="A client has this long to send a request's head.")
+    idle_timeout: Duration = Field(75.0, description="A kept-alive connection without a request is closed after this.")
+    write_timeout: Duration = Field(120.0, description="A client that takes no byte for this long is cut off.")
+    max_header_bytes: Size = Field(65536, description="Limit on a request's head.")
+    max_body_bytes: Size = Field(64_000_000, description="Limit on an API request's body.")
+
+
+class CacheSettings(_Section):
+    """The blob store in the data folder."""
+
+    max_bytes: Size = Field(50 * 10**9, description="Cap of the store; the blobs not used for longest go first.")
+    tag_ttl: Duration = Field(
+        60.0, description="How long a tag's digest is taken for known before upstream is asked again."
+    )
+
+
+class UpstreamSettings(_Section):
+    """How we talk to registries."""
+
+    connect_timeout: Duration = Field(10.0, description="Limit on connecting, TLS included.")
+    response_timeout: Duration = Field(30.0, description="Limit on the wait for an answer's head.")
+    idle_timeout: Duration = Field(30.0, description="A transfer that brings no byte for this long is cut and resumed.")
+    attempts: int = Field(4, ge=1, le=10, description="How often a failed request is made in all.")
+
+
+class TokenSettings(_Section):
+    """Tokens in image names."""
+
+    lifetime: Duration = Field(36 * 3600.0, description="How long a token can be pulled.")
+    retention: Duration = Field(7 * 86400.0, description="How long its record can be looked up after that.")
+
+
+class LogSettings(_Section):
+    """What is logged, on standard error."""
+
+    format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`auto`: console on a terminal, JSON elsewhere."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    requests: Literal["all", "failed", "none"] = Field(
+        "failed", description="Which requests get a line; `failed`: status 500 and up."
+    )
+
+
+class QuotaSettings(_Section):
+    """Limits per user, or per address without one: `"<max>/<duration>"` or `"off"`. *Checked, not enforced yet.*"""
+
+    pull_anonymous: Quota = Field("100/1h", description="Pulls without a user.")
+    pull_identified: Quota = Field("2000/1m", description="Pulls of a known user.")
+    build_anonymous: Quota = Field("25/1d", description="Builds without a user.")
+    build_identified: Quota = Field("250/1h", description="Builds of a known user.")
+    wait: Duration = Field(10.0, description="A pull is held this long when a permit frees in that time.")
+
+
+class BuildSettings(_Section):
+    """Builds. *Checked, not in effect yet: requests for builds are answered with 501.*"""
+
+    engine: Literal["buildah", "buildkit", "assemble", "kubernetes", "none"] = Field(
+        "buildah", description="What runs a build."
+    )
+    repository: str = Field("", description="Where images are pushed; empty: the local one.")
+    max_running: int = Field(4, ge=1, description="Builds at the same time.")
+    timeout: Duration = Field(900.0, description="Limit on one build.")
+    pull_wait: Duration = Field(270.0, description="How long a pull of an image that is still building is held.")
+
+
+class Settings(BaseSettings):
+    """All settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WAVE_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6.")
+    port: int = Field(9090, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    data: Path = Field(Path("wave-data"), description="The data folder: blobs, and the embedded Redis.")
+    workers: int = Field(0, ge=0, le=256, description="Proxy processes; 0: one per core.")
+    server_url: str = Field("", description="What image names begin with; empty: `http://localhost:<port>`.")
+    redis_url: SecretStr = Field(
+        SecretStr(""), description="`redis://`, `rediss://` or `unix://`; empty: an embedded Redis."
+    )
+    tls_cert: OptionalPath = Field(None, description="Certificate chain (PEM): the port then speaks TLS.")
+    tls_key: OptionalPath = Field(None, description="Private key (PEM) of `tls_cert`.")
+    shutdown_grace: Duration = Field(10.0, description="On SIGTERM, running requests have this long to end.")
+    registries: dict[str, RegistrySettings] = Field(default_factory=dict, description="Upstream registries by host.")
+    accounts: dict[str, SecretStr] = Field(
+        default_factory=dict,
+        description="Basic authentication for administration: user to `sha256:<hex of the password's SHA-256>`.",
+    )
+    http: HttpSettings = HttpSettings()
+    cache: CacheSettings = CacheSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
+    tokens: TokenSettings = TokenSettings()
+    log: LogSettings = LogSettings()
+    quota: QuotaSettings = QuotaSettings()
+    build: BuildSettings = BuildSettings()
+
+    @field_validator("server_url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("expected an address that begins with http:// or https://")
+        return value.rstrip("/")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis_url(cls, value: SecretStr) -> SecretStr:
+        if value and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("expected an address that begins with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("registries")
+    @classmethod
+    def _are_hosts(cls, value: dict[str, RegistrySettings]) -> dict[str, RegistrySettings]:
+        for host in value:
+            if not is_registry(host):
+                raise ValueError(f"{host!r} is not a registry host such as quay.io or 127.0.0.1:5000")
+        return value
+
+    @property
+    def public_url(self) -> str:
+        """What image names begin with, scheme included."""
+        scheme = "https" if self.tls_cert else "http"
+        return self.server_url or f"{scheme}://localhost:{self.port}"
+
+
+class ConfigInvalid(Exception):
+    """The configuration can't be used; the text names every wrong key, its value and the rule, in one line."""
+
+
+def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
+    """The effective settings: ``overrides`` (from the command line), else environment, else file, else defaults.
+
+    Raises ConfigInvalid.
+    """
+    if config_file is not None and not config_file.is_file():
+        raise ConfigInvalid(f"configuration file {config_file} does not exist")
+
+    class Sources(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file)
+
+    try:
+        return Sources(**overrides)
+    except ValidationError as err:
+        raise ConfigInvalid("; ".join(_explain(error) for error in err.errors())) from None
+    except (ValueError, OSError) as err:  # TOML syntax, unreadable file, JSON in an environment variable
+        raise ConfigInvalid(f"{config_file or 'environment'}: {err}") from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key"
+    value = repr(error["input"])
+    secret = any(word in key for word in ("password", "redis_url", "accounts"))
+    shown = "" if secret else f" (it is {value if len(value) <= 80 else value[:79] + '…'})"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as a TOML file that gives the same ones again, except that secrets are hidden."""
+    document = settings.model_dump(mode="json", exclude_none=True)
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in document.items() if key not in tables]
+    registries = tables.pop("registries", {})
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items())]
+    for host, table in registries.items():
+        lines += ["", f"[registries.{_toml_value(host)}]"]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    return to_json(value).decode()  # JSON's strings, numbers and booleans are TOML's
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)

@@ -1,0 +1,198 @@
+"""Every error that we raise, with its HTTP status and the distribution spec's code.
+
+    WaveError
+    ├── RequestInvalid           400  the caller's mistake: names the field, the value and the rule
+    │   ├── NameInvalid          400  NAME_INVALID
+    │   ├── DigestInvalid        400  DIGEST_INVALID
+    │   ├── RangeInvalid         416  RANGE_INVALID
+    │   └── BodyTooLarge         413  SIZE_INVALID
+    ├── Unauthorized             401  only on the API: the proxy never asks a client for a password
+    ├── Denied                   403  DENIED: upstream refused our credentials
+    │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
+    ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
+    ├── ManifestUnknown          404  MANIFEST_UNKNOWN
+    ├── BlobUnknown              404  BLOB_UNKNOWN
+    ├── MethodNotAllowed         405  UNSUPPORTED
+    ├── Unsupported              400  UNSUPPORTED: understood, but not for this image
+    ├── NotImplementedHere       501  UNSUPPORTED: a documented feature that this server does not have (yet)
+    ├── TooManyRequests          429  TOOMANYREQUESTS
+    ├── UpstreamError            502  UNKNOWN: the registry answered nonsense
+    │   ├── ContentMismatch      502  bytes that are not what their digest says
+    │   │   ├── DigestMismatch
+    │   │   └── SizeMismatch
+    │   ├── UpstreamUnavailable  503  no connection, or 5xx, after retries
+    │   └── UpstreamTimeout      504
+    ├── StorageFull              507  the data folder has no room, and the answer needs some
+    └── StateUnavailable         503  Redis does not answer
+
+Messages are shown to people: they say what was wrong, with which value, and what to do.
+"""
+
+from typing import ClassVar
+
+
+class WaveError(Exception):
+    """Base of all errors that become an answer; ``str(error)`` is the message for the client."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "UNKNOWN"
+    retry_after_s: int | None = None
+
+
+class RequestInvalid(WaveError):
+    """The caller's input breaks a rule; the message names field, value and rule."""
+
+    status = 400
+    code = "UNSUPPORTED"
+
+
+class NameInvalid(RequestInvalid):
+    """A repository or path that the distribution spec's grammar does not allow."""
+
+    code = "NAME_INVALID"
+
+
+class DigestInvalid(RequestInvalid):
+    """Text in a digest's place that is not ``sha256:<64 hex>`` or ``sha512:<128 hex>``."""
+
+    code = "DIGEST_INVALID"
+
+
+class RangeInvalid(RequestInvalid):
+    """A Range that lies outside of the blob."""
+
+    status = 416
+    code = "RANGE_INVALID"
+
+    def __init__(self, message: str, size: int) -> None:
+        super().__init__(message)
+        self.size = size
+
+
+class BodyTooLarge(RequestInvalid):
+    """A request body over the configured limit."""
+
+    status = 413
+    code = "SIZE_INVALID"
+
+
+class Unauthorized(WaveError):
+    """The API wants other credentials."""
+
+    status = 401
+    code = "UNAUTHORIZED"
+
+
+class Denied(WaveError):
+    """Upstream does not let us (with the credentials that apply) read that repository."""
+
+    status = 403
+    code = "DENIED"
+
+
+class AddressRefused(Denied):
+    """A host that resolves to an address which only configuration may open."""
+
+
+class NameUnknown(WaveError):
+    """A token, repository or registry that we do not know; the same text whatever the reason for a token."""
+
+    status = 404
+    code = "NAME_UNKNOWN"
+
+
+class ManifestUnknown(WaveError):
+    """No such tag or manifest upstream."""
+
+    status = 404
+    code = "MANIFEST_UNKNOWN"
+
+
+class BlobUnknown(WaveError):
+    """No such blob in that repository."""
+
+    status = 404
+    code = "BLOB_UNKNOWN"
+
+
+class MethodNotAllowed(WaveError):
+    """A method that the path does not have."""
+
+    status = 405
+    code = "UNSUPPORTED"
+
+
+class Unsupported(WaveError):
+    """A request that is understood and can't be met for this image."""
+
+    status = 400
+    code = "UNSUPPORTED"
+
+
+class NotImplementedHere(WaveError):
+    """A documented feature that this server does not provide."""
+
+    status = 501
+    code = "UNSUPPORTED"
+
+
+class TooManyRequests(WaveError):
+    """A limit is reached, ours or upstream's."""
+
+    status = 429
+    code = "TOOMANYREQUESTS"
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamError(WaveError):
+    """The registry's answer can't be used."""
+
+    status = 502
+
+
+class ContentMismatch(UpstreamError):
+    """Content that does not have the digest or the size that it was announced with."""
+
+
+class DigestMismatch(ContentMismatch):
+    """The bytes' digest is another one."""
+
+
+class SizeMismatch(ContentMismatch):
+    """More or fewer bytes than announced."""
+
+
+class UpstreamUnavailable(UpstreamError):
+    """The registry can't be reached, or keeps failing."""
+
+    status = 503
+    retry_after_s = 5
+
+
+class UpstreamTimeout(UpstreamError):
+    """The registry did not answer in time."""
+
+    status = 504
+
+
+class StorageFull(WaveError):
+    """The data folder is full."""
+
+    status = 507
+    retry_after_s = 30
+
+
+class StateUnavailable(WaveError):
+    """Redis does not answer."""
+
+    status = 503
+    retry_after_s = 2
+
+
+def clip(value: object, limit: int = 100) -> str:
+    """``repr`` of a value for an error message, cut to ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

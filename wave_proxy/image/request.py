@@ -1,0 +1,207 @@
+"""What a token stands for: the container request, its settings and its layers."""
+
+import zlib
+from base64 import b64decode
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from re import compile as compile_pattern
+from typing import Any
+
+from wave_proxy.errors import DigestMismatch, RequestInvalid, SizeMismatch, clip
+from wave_proxy.image.oci import digest_of, matches
+
+_FUSION_LAYER = compile_pattern(r".*/fusion-(\w+)\.tar\.gz")
+
+# What an inline layer may unpack to: the limit on its text (14,000,000 characters) with the best ratio of honest tars.
+MAX_TAR_BYTES = 1 << 30
+_STEP = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer to append: where its gzipped tar is, and what it must be.
+
+    ``location`` starts with ``data:`` (base64 of the gzipped tar), ``gzip:`` (base64 of that, deflated once more),
+    ``http(s)://``, or ``docker://registry/v2/repository/blobs/digest``. ``gzip_size`` is bytes; ``tar_digest`` is the
+    diff_id. ``media_type`` is set for layers that come out of another image, empty otherwise.
+    """
+
+    location: str = field(repr=False)
+    gzip_digest: str
+    gzip_size: int
+    tar_digest: str
+    media_type: str = ""
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether the request itself carries the bytes."""
+        return self.location.startswith(("data:", "gzip:"))
+
+    def fits(self, architecture: str) -> bool:
+        """Whether the layer belongs into an image of that architecture: Fusion's layers are one per architecture."""
+        match = _FUSION_LAYER.fullmatch(self.location)
+        return match is None or match[1] == architecture
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerConfig:
+    """What to change in an image. Empty members change nothing."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+    layers: tuple[Layer, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.entrypoint or self.cmd or self.env or self.working_dir or self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks. Anonymous when there is no user; tokens never show in ``repr``."""
+
+    user_id: int | None = None
+    email: str = ""
+    workspace_id: int | None = None
+    access_token: str = field(default="", repr=False)
+    refresh_token: str = field(default="", repr=False)
+    endpoint: str = ""
+    workflow_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRequest:
+    """A container that was asked for. Immutable: a token means the same thing for as long as it lives.
+
+    ``image`` is the normalised reference that is pulled upstream; ``platforms`` is empty when none was asked for, and
+    then all platforms of an index are served. ``timestamp`` is the client's, ISO-8601 with offset, or empty. Times are
+    epoch seconds.
+    """
+
+    image: str
+    config: ContainerConfig = ContainerConfig()
+    platforms: tuple[str, ...] = ()
+    identity: Identity = Identity()
+    fingerprint: str = ""
+    timestamp: str = ""
+    ip_address: str = ""
+    includes: tuple[str, ...] = ()
+    dry_run: bool = False
+    created: float = 0.0
+    expires: float = 0.0
+
+
+def request_to_json(request: ContainerRequest) -> dict[str, Any]:
+    """The form in which a request is kept: plain JSON values, without empty members."""
+    config, identity = request.config, request.identity
+    return {
+        "image": request.image,
+        "config": {
+            "entrypoint": config.entrypoint,
+            "cmd": config.cmd,
+            "env": config.env,
+            "working_dir": config.working_dir,
+            "layers": [
+                [layer.location, layer.gzip_digest, layer.gzip_size, layer.tar_digest, layer.media_type]
+                for layer in config.layers
+            ],
+        },
+        "platforms": request.platforms,
+        "identity": {name: value for name in Identity.__slots__ if (value := getattr(identity, name))},
+        "fingerprint": request.fingerprint,
+        "timestamp": request.timestamp,
+        "ip_address": request.ip_address,
+        "includes": request.includes,
+        "dry_run": request.dry_run,
+        "created": request.created,
+        "expires": request.expires,
+    }
+
+
+def request_from_json(document: Mapping[str, Any]) -> ContainerRequest:
+    """Inverse of request_to_json. Unknown members are ignored, so that older workers read newer records."""
+    config = document["config"]
+    return ContainerRequest(
+        image=document["image"],
+        config=ContainerConfig(
+            entrypoint=tuple(config["entrypoint"]),
+            cmd=tuple(config["cmd"]),
+            env=tuple(config["env"]),
+            working_dir=config["working_dir"],
+            layers=tuple(Layer(*layer) for layer in config["layers"]),
+        ),
+        platforms=tuple(document["platforms"]),
+        identity=Identity(**{k: v for k, v in document["identity"].items() if k in Identity.__slots__}),
+        fingerprint=document["fingerprint"],
+        timestamp=document["timestamp"],
+        ip_address=document["ip_address"],
+        includes=tuple(document["includes"]),
+        dry_run=document["dry_run"],
+        created=document["created"],
+        expires=document["expires"],
+    )
+
+
+def unpack_inline_layer(layer: Layer) -> bytes:
+    """The gzipped tar that an inline layer carries, checked against its digests and size.
+
+    Raises RequestInvalid when it is no base64 or gzip; DigestMismatch or SizeMismatch when it is not what it says.
+    Costs one hash of the gzip and one pass of inflate with a hash; memory is bounded by 64 KiB beyond the layer itself.
+    """
+    kind, _, text = layer.location.partition(":")
+    try:
+        content = b64decode(text, validate=True)
+        if kind == "gzip":
+            content = _inflate(content)
+    except (ValueError, zlib.error) as err:
+        raise RequestInvalid(f"location is not valid after '{kind}:' ({err}): {clip(text, 40)}") from None
+    if len(content) != layer.gzip_size:
+        raise SizeMismatch(f"gzipSize is {layer.gzip_size} and the layer has {len(content)} bytes")
+    if not matches(content, layer.gzip_digest):
+        raise DigestMismatch(f"gzipDigest is {layer.gzip_digest} and the layer's is {digest_of(content)}")
+    tar_digest = _tar_digest(content)
+    if tar_digest != layer.tar_digest:
+        raise DigestMismatch(f"tarDigest is {layer.tar_digest} and the unpacked layer's is {tar_digest}")
+    return content
+
+
+def _inflate(content: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    plain = inflater.decompress(content, 64 << 20)
+    if not inflater.eof:
+        raise zlib.error("incomplete, or over 64 MiB")
+    return plain
+
+
+def _tar_digest(content: bytes) -> str:
+    """Digest of the tar inside a gzip of one or more members. Raises RequestInvalid."""
+    running, size = sha256(), 0
+    try:
+        for piece in _tar_pieces(content):
+            running.update(piece)
+            size += len(piece)
+            if size > MAX_TAR_BYTES:
+                raise RequestInvalid(f"an inline layer may unpack to {MAX_TAR_BYTES} bytes at most")
+    except zlib.error as err:
+        raise RequestInvalid(f"the layer is not gzip data: {err}") from None
+    return f"sha256:{running.hexdigest()}"
+
+
+def _tar_pieces(content: bytes) -> Iterator[bytes]:
+    # Zlib copies what it leaves of its input on every call, so it is fed little at a time: with all of it at once, a
+    # layer of ten megabytes could keep a process busy for hours.
+    inflater = zlib.decompressobj(wbits=31)
+    for start in range(0, len(content), _STEP):
+        rest = content[start : start + _STEP]
+        while rest:
+            if inflater.eof:
+                inflater = zlib.decompressobj(wbits=31)
+            yield inflater.decompress(rest, _STEP)
+            rest = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+    while not inflater.eof:
+        piece = inflater.decompress(b"", _STEP)
+        if not piece:
+            raise zlib.error("it ends early")
+        yield piece

@@ -1,0 +1,27 @@
+"""Structured logs on standard error: JSON for machines, aligned text for a terminal."""
+
+import logging
+import sys
+
+import structlog
+
+
+def configure(format: str, level: str, part: str) -> None:  # noqa: A002
+    """Set up logging for this process. ``format`` is auto, console or json; ``part`` names the process in each line."""
+    console = format == "console" or (format == "auto" and sys.stderr.isatty())
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if console else [structlog.processors.format_exc_info]),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(part=part)

@@ -1,0 +1,1 @@
+"""The port: HTTP, routing, and the order of the stages of a pull."""

@@ -1,0 +1,81 @@
+"""The port's handler: ``/v2/`` to the pull path, everything else to the api, and errors in the shape of each."""
+
+from time import monotonic
+from typing import Literal
+
+import orjson
+import structlog
+
+from wave_proxy.errors import MethodNotAllowed, RangeInvalid, WaveError
+from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.http import Reply, Request
+from wave_proxy.serve.pull import API_VERSION, Puller
+from wave_proxy.serve.route import is_registry_path
+
+_log = structlog.get_logger()
+
+LogRequests = Literal["all", "failed", "none"]
+
+
+class App:
+    """One worker's answers to whatever comes in."""
+
+    def __init__(self, puller: Puller, forwarder: Forwarder, log_requests: LogRequests) -> None:
+        self._puller = puller
+        self._forwarder = forwarder
+        self._log_requests = log_requests
+
+    async def __call__(self, request: Request) -> Reply:
+        """The reply to a request; never raises but for cancellation and lost connections."""
+        began = monotonic()
+        registry = is_registry_path(request.target)
+        try:
+            reply = await (self._puller.answer(request) if registry else self._forwarder.answer(request))
+        except WaveError as err:
+            reply = _error_reply(err, registry)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            _log.exception("request failed", method=request.method, target=redact(request.target))
+            reply = _error_reply(WaveError("internal error: the server's log says more"), registry)
+        self._log_request(request, reply, began)
+        return reply
+
+    def _log_request(self, request: Request, reply: Reply, began: float) -> None:
+        if self._log_requests == "all" or (self._log_requests == "failed" and reply.status >= 500):
+            _log.info(
+                "request",
+                method=request.method,
+                target=redact(request.target),
+                status=reply.status,
+                bytes=reply.content_length(),
+                client=request.client,
+                ms=round((monotonic() - began) * 1000, 1),
+            )
+
+
+def redact(target: str) -> str:
+    """A request target without what it may hold of a token beyond its first four digits, and without its query."""
+    path = target.partition("?")[0]
+    parts = path.split("/")
+    return "/".join(f"{part[:4]}…" if _may_be_token(part) else part for part in parts)[:300]
+
+
+def _may_be_token(part: str) -> bool:
+    return len(part) in range(12, 64) and all(c in "0123456789abcdef" for c in part)
+
+
+def _error_reply(err: WaveError, registry: bool) -> Reply:
+    if registry:
+        content = orjson.dumps({"errors": [{"code": err.code, "message": str(err)}]})
+        headers = [("Content-Type", "application/json"), API_VERSION]
+    else:
+        content = orjson.dumps({"message": str(err)})
+        headers = [("Content-Type", "application/json")]
+    if err.retry_after_s is not None:
+        headers.append(("Retry-After", str(err.retry_after_s)))
+    if isinstance(err, RangeInvalid):
+        headers.append(("Content-Range", f"bytes */{err.size}"))
+    if isinstance(err, MethodNotAllowed):
+        headers.append(("Allow", "GET, HEAD"))
+    return Reply(err.status, headers, content)

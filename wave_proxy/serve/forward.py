@@ -1,0 +1,71 @@
+"""Everything that is not the registry's goes to the api process, over its Unix socket, streaming both ways."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+
+from wave_proxy.errors import UpstreamUnavailable
+from wave_proxy.serve.http import Reply, Request
+
+# RFC 9110 §7.6.1: these are between two neighbours, and we are one.
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
+)
+_CLIENT_HEADER = "x-wave-client"
+
+
+class Forwarder:
+    """Hands requests on, with the client's address in ``X-Wave-Client``, which no client can set itself."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def answer(self, request: Request) -> Reply:
+        """The api's reply. Raises UpstreamUnavailable when the api does not answer."""
+        headers = [
+            (name, value.decode("latin-1"))
+            for key, value in request.headers
+            if (name := key.decode("latin-1")) not in _HOP_BY_HOP and name != _CLIENT_HEADER
+        ]
+        headers.append((_CLIENT_HEADER, request.client))
+        has_body = not request.body.complete or request.body.received
+        try:
+            response = await self._session.request(
+                request.method,
+                f"http://api{request.target}",
+                headers=headers,
+                data=request.body.chunks() if has_body else None,
+                allow_redirects=False,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            )
+        except aiohttp.ClientConnectionError as err:
+            raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
+        return _reply(response)
+
+    async def close(self) -> None:
+        """Close the connections to the api."""
+        await self._session.close()
+
+
+def _reply(response: aiohttp.ClientResponse) -> Reply:
+    headers = [
+        (name, value)
+        for name, value in response.headers.items()
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in ("content-length", "date")
+    ]
+    return Reply(response.status, headers, _Stream(response), length=response.content_length)
+
+
+class _Stream:
+    """The body of the api's answer."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._response.content.iter_any():
+            yield chunk
+
+    async def aclose(self) -> None:
+        """Give the connection back, or close it when the body was not read to its end."""
+        self._response.release()

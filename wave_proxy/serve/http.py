@@ -1,0 +1,565 @@
+"""HTTP/1.1 on ``asyncio.Protocol``: parsing, the order of answers, backpressure and time limits.
+
+Knows nothing of registries: a handler turns each Request into a Reply. One connection answers its requests one after
+the other, in order; while one is answered, a few more may wait parsed, and after that the socket is not read.
+"""
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from time import time
+from typing import Protocol as Interface
+from typing import cast
+
+import httptools
+import structlog
+
+from wave_proxy.errors import BodyTooLarge, WaveError
+
+_log = structlog.get_logger()
+
+SEND_BYTES = 1 << 20  # one sendfile call: large enough to be cheap, small enough to be fair between clients
+READ_BYTES = 1 << 16  # one read where sendfile can't be used (TLS); also what a body may buffer twice of
+SMALL_BYTES = 1 << 15  # bodies up to this go out in one write with their head
+MAX_WAITING = 16  # parsed requests that wait behind the one being answered
+LINGER_S = 5.0  # a client that is still sending when it was answered may do so for this long, unread
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+_BODILESS = frozenset({204, 304})
+
+
+class Source(Interface):
+    """A file that may still grow: a blob in the store, or its spool while it is filled."""
+
+    fd: int
+
+    def readable(self) -> int:
+        """Bytes from the start of the file that may be sent now."""
+
+    async def wait(self, offset: int) -> None:
+        """Return when more than ``offset`` bytes are readable. Raises WaveError when that won't happen."""
+
+    def close(self) -> None:
+        """Give the file back. Called once."""
+
+
+@dataclass(slots=True)
+class FileBody:
+    """Bytes ``start`` to ``end`` (exclusive) of a source."""
+
+    source: Source
+    start: int
+    end: int
+
+
+class Stream(Interface):
+    """Bytes that come from elsewhere while they are sent."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """The bytes, piece by piece. Raises WaveError to cut the answer off."""
+
+    async def aclose(self) -> None:
+        """Give up what the stream holds, read to its end or not. Called once."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer. ``length`` is that of the body when it is a stream of known length or is not sent (HEAD)."""
+
+    status: int
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    body: bytes | FileBody | Stream = b""
+    length: int | None = None
+    close: bool = False
+
+    def content_length(self) -> int | None:
+        """Length of the body in bytes; None when only its end will tell."""
+        if self.length is not None:
+            return self.length
+        match self.body:
+            case bytes():
+                return len(self.body)
+            case FileBody():
+                return self.body.end - self.body.start
+        return None
+
+
+class Body:
+    """A request's body as it arrives; reading it is what lets more of it arrive."""
+
+    def __init__(self, connection: "Connection", limit: int, timeout_s: float, expects_continue: bool) -> None:
+        self._connection = connection
+        self._limit = limit
+        self._timeout_s = timeout_s
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._expects_continue = expects_continue
+        self._error: Exception | None = None
+        self.received = 0
+        self.complete = False
+
+    def feed(self, chunk: bytes) -> None:
+        self.received += len(chunk)
+        if self.received > self._limit:
+            self.fail(BodyTooLarge(f"the request's body is over the limit of {self._limit} bytes"))
+            return
+        self._chunks.append(chunk)
+        self._buffered += len(chunk)
+        if self._buffered > 2 * READ_BYTES:
+            self._connection.pause_reading()
+        self._wake()
+
+    def end(self) -> None:
+        self.complete = True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes. Raises BodyTooLarge, ConnectionResetError when the client left, TimeoutError."""
+        if self._expects_continue and not self.received:
+            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while True:
+            while self._chunks and self._error is None:
+                chunk = self._chunks.popleft()
+                self._buffered -= len(chunk)
+                yield chunk
+            if self._error is not None:
+                raise self._error
+            if self.complete:
+                return
+            self._connection.resume_reading()
+            self._waiter = asyncio.get_running_loop().create_future()
+            if not self._chunks and not self.complete and self._error is None:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._waiter
+
+
+@dataclass(slots=True)
+class Request:
+    """A request as it was sent. Header names are lower case; ``client`` is the peer's address without its port."""
+
+    method: str
+    target: str
+    headers: list[tuple[bytes, bytes]]
+    body: Body
+    client: str
+    keep_alive: bool
+    http_1_0: bool
+    malformed: str = ""
+
+    def header(self, name: bytes) -> str | None:
+        """The value of a header, its lines joined by commas; None when it is absent."""
+        values = [value for key, value in self.headers if key == name]
+        return b", ".join(values).decode("latin-1") if values else None
+
+
+Handler = Callable[[Request], Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds, sizes in bytes."""
+
+    header_timeout_s: float = 15.0
+    idle_timeout_s: float = 75.0
+    write_timeout_s: float = 120.0
+    max_header_bytes: int = 65536
+    max_body_bytes: int = 64_000_000
+
+
+class Server:
+    """All connections of one worker, and how they end."""
+
+    def __init__(self, handler: Handler, limits: Limits) -> None:
+        self.handler = handler
+        self.limits = limits
+        self.connections: set[Connection] = set()
+        self.closing = False
+
+    def __call__(self) -> "Connection":
+        """A protocol for a new connection: the factory that ``create_server`` wants."""
+        return Connection(self)
+
+    async def shut_down(self, grace_s: float) -> None:
+        """Close idle connections, give the others ``grace_s`` seconds, then cut them off."""
+        self.closing = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        deadline = time() + grace_s
+        while self.connections and time() < deadline:
+            await asyncio.sleep(0.02)
+        tasks = [connection.task for connection in self.connections if connection.task]
+        for connection in list(self.connections):
+            connection.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._limits = server.limits
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
+        self._secure = False
+        self._client = ""
+        self._parser = httptools.HttpRequestParser(self)
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+        self._body: Body | None = None
+        self._waiting: deque[Request] = deque()
+        self.task: asyncio.Task[None] | None = None
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._read_paused = False
+        self._client_done = False
+        self._lingering = False
+        self._drained: asyncio.Future[None] | None = None
+
+    # --- transport ---------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._secure = transport.get_extra_info("sslcontext") is not None
+        peer = transport.get_extra_info("peername")
+        self._client = peer[0] if isinstance(peer, tuple) else ""
+        self._server.connections.add(self)
+        self._set_deadline(self._limits.header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._body is not None:
+            self._body.fail(ConnectionResetError("the client closed the connection"))
+        self.resume_writing()
+        if self.task is not None:
+            self.task.cancel()
+
+    def eof_received(self) -> bool:
+        self._client_done = True
+        return self.task is not None and not self._secure  # keep the sending side open for the answers still due
+
+    def pause_writing(self) -> None:
+        if self._drained is None:
+            self._drained = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    def pause_reading(self) -> None:
+        if not self._read_paused:
+            self._read_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._read_paused and not self._transport.is_closing():
+            self._read_paused = False
+            self._transport.resume_reading()
+
+    def write(self, content: bytes) -> None:
+        self._transport.write(content)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def close_if_idle(self) -> None:
+        """Close now when no answer is due; else the connection closes after the one that is."""
+        if self.task is None:
+            self._transport.close()
+
+    def _set_deadline(self, seconds: float) -> None:
+        # One timer a connection looks at the deadline every now and then: moving the deadline costs an assignment.
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None:
+            self._timer = self._loop.call_later(min(seconds, self._limits.header_timeout_s / 2), self._ring)
+
+    def _ring(self) -> None:
+        left = self._deadline - self._loop.time()
+        if self.task is not None and not self._lingering:
+            left = max(left, self._limits.idle_timeout_s)
+        if left > 0:
+            self._timer = self._loop.call_later(min(left, self._limits.header_timeout_s / 2), self._ring)
+            return
+        if self._head_bytes and not self._lingering:
+            self._refuse(408, "the request's head did not arrive in time")
+        else:
+            self._transport.close()
+
+    # --- parsing -----------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
+        if not self._head_bytes and self._body is None and self.task is None:
+            self._set_deadline(self._limits.header_timeout_s)
+        self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # We speak nothing else: the request counts as an ordinary one (RFC 9110 §7.8), what follows it as the next.
+            self._parser = httptools.HttpRequestParser(self)
+            rest = data[upgrade.args[0] :]
+            if rest:
+                self.data_received(rest)
+        except httptools.HttpParserError as err:
+            self._refuse(400, f"not a request in HTTP/1.1: {err}")
+        else:
+            if self._body is None and self._head_bytes > self._limits.max_header_bytes:
+                self._refuse(431, f"the request's head is over {self._limits.max_header_bytes} bytes")
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = Body(self, 0, 0, False)
+        request = Request("GET", "", [], body, self._client, False, False, malformed=f"{status} {message}")
+        self._head_bytes = 0
+        self._lingering = True
+        self._enqueue(request)
+
+    def on_message_begin(self) -> None:
+        self._target = b""
+        self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        expects = any(key == b"expect" and value.lower() == b"100-continue" for key, value in self._headers)
+        self._body = Body(self, self._limits.max_body_bytes, self._limits.idle_timeout_s, expects)
+        request = Request(
+            method=self._parser.get_method().decode("ascii"),
+            target=self._target.decode("latin-1"),
+            headers=self._headers,
+            body=self._body,
+            client=self._client,
+            keep_alive=self._parser.should_keep_alive(),
+            http_1_0=self._parser.get_http_version() == "1.0",
+        )
+        if self._announced_bytes() > self._limits.max_body_bytes:
+            self._body.fail(
+                BodyTooLarge(f"the request's body is over the limit of {self._limits.max_body_bytes} bytes")
+            )
+        self._enqueue(request)
+
+    def _announced_bytes(self) -> int:
+        for key, value in self._headers:
+            if key == b"content-length":
+                return int(value)
+        return 0
+
+    def on_body(self, chunk: bytes) -> None:
+        if self._body is not None:
+            self._body.feed(chunk)
+
+    def on_message_complete(self) -> None:
+        if self._body is not None:
+            self._body.end()
+        self._body = None
+        self._head_bytes = 0
+
+    def _enqueue(self, request: Request) -> None:
+        self._waiting.append(request)
+        if self.task is None:
+            self.task = self._loop.create_task(self._answer_all())
+        elif len(self._waiting) >= MAX_WAITING:
+            self.pause_reading()
+
+    # --- answering ---------------------------------------------------------------------------------------------
+
+    async def _answer_all(self) -> None:
+        try:
+            while self._waiting and not self._transport.is_closing():
+                request = self._waiting.popleft()
+                if not await self._answer(request):
+                    break
+                if len(self._waiting) < MAX_WAITING:
+                    self.resume_reading()
+        except (ConnectionError, TimeoutError):
+            self._transport.abort()
+        except WaveError as err:
+            _log.warning("answer cut off", error=str(err))
+            self._transport.abort()
+        except asyncio.CancelledError:
+            self._transport.abort()
+            raise
+        except Exception:
+            _log.exception("answer failed")
+            self._transport.abort()
+        finally:
+            self.task = None
+        self._set_deadline(LINGER_S if self._lingering else self._limits.idle_timeout_s)
+        if self._client_done:
+            self._transport.close()
+
+    async def _answer(self, request: Request) -> bool:
+        """Answer one request; whether the connection can go on with the next."""
+        if request.malformed:
+            status, _, message = request.malformed.partition(" ")
+            reply = Reply(int(status), [("Content-Type", "text/plain")], message.encode() + b"\n", close=True)
+        else:
+            reply = await self._server.handler(request)
+        try:
+            return await self._send(request, reply)
+        finally:
+            if isinstance(reply.body, FileBody):
+                reply.body.source.close()
+            elif not isinstance(reply.body, bytes):
+                await reply.body.aclose()
+
+    async def _send(self, request: Request, reply: Reply) -> bool:
+        length = reply.content_length()
+        chunked = length is None and not request.http_1_0
+        unread = not request.body.complete and not request.malformed
+        close = (
+            reply.close or not request.keep_alive or unread or self._server.closing or (length is None and not chunked)
+        )
+        head = _head(reply, length, chunked=chunked, close=close, http_1_0=request.http_1_0)
+        if request.method == "HEAD" or reply.status in _BODILESS:
+            self.write(head)
+        else:
+            await self._send_body(head, reply.body, chunked)
+        if close:
+            self._end(linger=unread or bool(request.malformed))
+        elif self._drained is not None:
+            await self._drain()
+        return not close
+
+    def _end(self, *, linger: bool) -> None:
+        # Closing while the client still sends would make the kernel reset the connection, and the answer with it.
+        if linger and not self._secure and not self._client_done and self._transport.can_write_eof():
+            self._lingering = True
+            self._waiting.clear()
+            self.resume_reading()
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    async def _send_body(self, head: bytes, body: bytes | FileBody | Stream, chunked: bool) -> None:
+        match body:
+            case bytes():
+                self.write(head + body)
+            case FileBody():
+                if self._secure or body.end - body.start <= SMALL_BYTES:
+                    await self._send_read(head, body)
+                else:
+                    await self._send_file(head, body)
+            case _:
+                self.write(head)
+                async for chunk in body:
+                    if chunk:
+                        self.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+                        await self._drain()
+                if chunked:
+                    self.write(b"0\r\n\r\n")
+
+    async def _send_read(self, head: bytes, body: FileBody) -> None:
+        offset = body.start
+        while offset < body.end:
+            chunk = b""
+            if ready := min(body.source.readable(), body.end) - offset:
+                chunk = os.pread(body.source.fd, min(ready, READ_BYTES), offset)
+                if not chunk:
+                    raise ConnectionAbortedError("the blob's file is shorter than its size")
+            self.write(head + chunk)
+            head = b""
+            offset += len(chunk)
+            await self._drain()
+            if offset < body.end and offset >= body.source.readable():
+                await body.source.wait(offset)
+        if head:
+            self.write(head)
+
+    async def _send_file(self, head: bytes, body: FileBody) -> None:
+        await self._flush()
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as sock:
+            # The duplicate lets us wait for room ourselves; uvloop owns the original's readiness.
+            more = socket.MSG_MORE if body.source.readable() > body.start else 0
+            while head:
+                with suppress(BlockingIOError):
+                    head = head[sock.send(head, more) :]
+                if head:
+                    await self._writable(sock)
+            offset = body.start
+            while offset < body.end:
+                ready = min(body.source.readable(), body.end) - offset
+                if ready <= 0:
+                    await body.source.wait(offset)
+                    continue
+                with suppress(BlockingIOError):
+                    sent = os.sendfile(sock.fileno(), body.source.fd, offset, min(ready, SEND_BYTES))
+                    if not sent:
+                        raise ConnectionAbortedError("the blob's file is shorter than its size")
+                    offset += sent
+                if offset < body.end:
+                    await self._writable(sock)
+
+    async def _writable(self, sock: socket.socket) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_writer(sock, _resolve, ready)
+        try:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await ready
+        finally:
+            self._loop.remove_writer(sock)
+
+    async def _flush(self) -> None:
+        """Wait until everything that was written has left for the kernel."""
+        if self._transport.get_write_buffer_size():
+            self._transport.set_write_buffer_limits(high=0)
+            while self._transport.get_write_buffer_size():
+                await self._drain()
+                await asyncio.sleep(0)
+            self._transport.set_write_buffer_limits()
+
+    async def _drain(self) -> None:
+        if self._transport.is_closing():
+            raise ConnectionResetError("the client closed the connection")
+        if self._drained is not None:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await asyncio.shield(self._drained)
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _head(reply: Reply, length: int | None, *, chunked: bool, close: bool, http_1_0: bool) -> bytes:
+    lines = [f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, 'Unknown')}"]
+    lines += [f"{name}: {value}" for name, value in reply.headers]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    elif chunked:
+        lines.append("Transfer-Encoding: chunked")
+    if close:
+        lines.append("Connection: close")
+    elif http_1_0:
+        lines.append("Connection: keep-alive")
+    lines.append(f"Date: {formatdate(int(time()), usegmt=True)}")
+    head = "\r\n".join(lines)
+    # A header that upstream or a user had a hand in must not end the head early.
+    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
+        raise ValueError("control character in a reply's header")
+    return head.encode("latin-1", "replace") + b"\r\n\r\n"

@@ -1,0 +1,98 @@
+"""Token → container request → what to pull upstream."""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from time import time
+
+import structlog
+
+from wave_proxy.errors import StateUnavailable
+from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.serve.route import Route, unknown_token
+from wave_proxy.state.tokens import TokenStore
+
+_log = structlog.get_logger()
+
+_MEMORY = 20_000
+_RECONNECT_S = 1.0
+_DIGEST_TAG_LENGTH = len("sha256-") + 12
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a route means upstream. ``request`` is None for the direct form."""
+
+    registry: str
+    repository: str
+    reference: str
+    token: str = ""
+    request: ContainerRequest | None = None
+
+    @property
+    def name(self) -> str:
+        """``registry/repository``: what permissions are about."""
+        return f"{self.registry}/{self.repository}"
+
+    @property
+    def config(self) -> ContainerConfig:
+        """What to change in the image; empty for the direct form."""
+        return self.request.config if self.request else ContainerConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    request: ContainerRequest
+    image: Reference
+
+
+class Resolver:
+    """Requests by token; in memory for as long as they live, since they never change."""
+
+    def __init__(self, tokens: TokenStore) -> None:
+        self._tokens = tokens
+        self._memory: OrderedDict[str, _Known] = OrderedDict()
+
+    async def resolve(self, route: Route) -> Target:
+        """What ``route`` is about. Raises NameUnknown, StateUnavailable."""
+        if not route.token:
+            return Target(route.registry, route.repository, route.reference)
+        known = self._memory.get(route.token) or await self._look_up(route.token)
+        if known is None or time() >= known.request.expires or known.image.repository != route.repository:
+            raise unknown_token(route.token)
+        image = known.image
+        return Target(image.registry, image.repository, _reference(route, image), route.token, known.request)
+
+    async def _look_up(self, token: str) -> _Known | None:
+        record = await self._tokens.find_record(token)
+        if record is None or not record.is_valid(time()):
+            return None
+        known = self._memory[token] = _Known(record.request, parse_reference(record.request.image))
+        if len(self._memory) > _MEMORY:
+            self._memory.popitem(last=False)
+        return known
+
+    async def follow_deletions(self) -> None:
+        """Forget tokens as they are deleted, on whichever machine, until cancelled."""
+        while True:
+            try:
+                async for token in self._tokens.deletions():
+                    self._memory.pop(token, None)
+            except StateUnavailable as err:
+                _log.warning("no word of deleted tokens", error=str(err))
+            # What was announced meanwhile is lost: look every token up again.
+            self._memory.clear()
+            await asyncio.sleep(_RECONNECT_S)
+
+
+def _reference(route: Route, image: Reference) -> str:
+    """The reference to ask upstream for: ``sha256-<12 hex>`` stands for the digest that the request was made with."""
+    tag = image.reference.replace(":", "-")[:_DIGEST_TAG_LENGTH]
+    return image.reference if image.is_digest and route.reference == tag else route.reference
+
+
+def own_target(target: Target) -> Target:
+    """The target of the image that the request itself names, whatever this route asked for."""
+    assert target.request is not None  # noqa: S101
+    return replace(target, reference=parse_reference(target.request.image).reference)

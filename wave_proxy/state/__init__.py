@@ -1,0 +1,1 @@
+"""What lives in Redis. Each module owns its keys; no other spells them."""

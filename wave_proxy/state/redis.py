@@ -1,0 +1,62 @@
+"""The one place that imports the Redis client: connecting, and one error for everything that can go wrong there."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from wave_proxy.errors import StateUnavailable
+
+__all__ = ["Redis", "check", "connect", "translated", "wait_until_up"]
+
+TIMEOUT_S = 5.0
+_START_S = 10.0
+
+
+def connect(url: str) -> Redis:
+    """A client for ``redis://``, ``rediss://`` or ``unix://`` addresses; connects when it is first used.
+
+    Raises ValueError for any other address.
+    """
+    return Redis.from_url(
+        url,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        health_check_interval=30,
+    )
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns the client library's errors into StateUnavailable, so that no other module has to know them."""
+    try:
+        yield
+    except RedisError as err:
+        raise StateUnavailable(f"the state store (Redis) does not answer: {err}") from err
+
+
+async def check(client: Redis) -> None:
+    """One round trip. Raises StateUnavailable."""
+    with translated():
+        await client.ping()
+
+
+async def wait_until_up(client: Redis) -> None:
+    """Return when Redis answers, which one that was started just now does soon. Raises StateUnavailable after 10 s."""
+    deadline = monotonic() + _START_S
+    while True:
+        try:
+            return await check(client)
+        except StateUnavailable:
+            if monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.02)

@@ -1,0 +1,1 @@
+"""The world that we fetch from: guarded outgoing HTTP, registries and their credentials."""

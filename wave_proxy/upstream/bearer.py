@@ -1,0 +1,158 @@
+"""Authentication at registries: what a challenge asks for, and the bearer tokens that answer it."""
+
+import asyncio
+from base64 import b64encode
+from collections.abc import Iterable
+from dataclasses import dataclass
+from re import compile as compile_pattern
+from time import monotonic
+
+from yarl import URL
+
+from wave_proxy.errors import Denied, UpstreamError, clip
+from wave_proxy.image.oci import read_json_object
+from wave_proxy.upstream.credentials import Login
+from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, origin_of, parse_url
+
+_MAX_ANSWER_BYTES = 256 << 10
+_MAX_TOKENS = 4096
+
+# distribution's token specification: what holds when expires_in is left out.
+_DEFAULT_LIFETIME_S = 60
+_MAX_LIFETIME_S = 3600
+# A token is not used to its end: the request that carries it takes time as well.
+_USED_SHARE = 0.8
+
+# `name=value`, `name="quoted"`, or a scheme, which is a word without `=`.
+_ITEM = compile_pattern(r'[\s,]*(?:([^\s,="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*))|([^\s,="]+)(?=[\s,]|$))')
+_ESCAPED = compile_pattern(r"\\(.)")
+_TOKEN = compile_pattern(r"[!-~]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """How a registry wants to be asked: ``scheme`` is ``basic`` or ``bearer``; the rest is for bearer only."""
+
+    scheme: str
+    realm: str = ""
+    service: str = ""
+
+
+def choose_challenge(headers: Iterable[str]) -> Challenge | None:
+    """Bearer before Basic out of the WWW-Authenticate headers of one answer; None when there is neither.
+
+    A Bearer without a realm is none. Source: RFC 9110 §11.6.1; ``wave.md`` V31.
+    """
+    found: list[tuple[str, dict[str, str]]] = []
+    for header in headers:
+        found.extend(_parse(header))
+    for scheme, values in found:
+        if scheme == "bearer" and values.get("realm"):
+            return Challenge(scheme, values["realm"], values.get("service", ""))
+    return Challenge("basic") if any(scheme == "basic" for scheme, _ in found) else None
+
+
+def _parse(header: str) -> list[tuple[str, dict[str, str]]]:
+    found: list[tuple[str, dict[str, str]]] = []
+    position = 0
+    while match := _ITEM.match(header, position):
+        position = match.end()
+        name, quoted, plain, scheme = match.groups()
+        if scheme:
+            found.append((scheme.lower(), {}))
+        elif found:
+            found[-1][1].setdefault(name.lower(), plain if quoted is None else _ESCAPED.sub(r"\1", quoted))
+    return found
+
+
+def basic_authorization(login: Login) -> str:
+    """The Authorization header of a user with a password."""
+    return f"Basic {b64encode(f'{login.username}:{login.password}'.encode()).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    realm: str
+    service: str
+    repository: str
+    username: str
+
+
+class BearerTokens:
+    """Tokens to pull with, kept until they expire; callers that need the same one share one fetch."""
+
+    def __init__(self, egress: Egress) -> None:
+        self._egress = egress
+        self._tokens: dict[_Key, tuple[str, float]] = {}
+        self._fetches: dict[_Key, asyncio.Task[str]] = {}
+
+    async def get(
+        self, challenge: Challenge, repository: str, login: Login | None, endpoint: Endpoint, *, stale: str = ""
+    ) -> str:
+        """A token for pulling from that repository; never ``stale``, the one that was refused just now.
+
+        The fetch belongs to this object, so that a caller who gives up takes nothing from the others.
+        Raises Denied, AddressRefused, TooManyRequests, UpstreamError and its children.
+        """
+        key = _Key(challenge.realm, challenge.service, repository, login.username if login else "")
+        text, expires = self._tokens.get(key, ("", 0.0))
+        if text and text != stale and monotonic() < expires:
+            return text
+        fetch = self._fetches.get(key)
+        if fetch is None:
+            fetch = self._fetches[key] = asyncio.create_task(self._fetch(key, login, endpoint))
+            fetch.add_done_callback(lambda done: self._fetched(key, done))
+        return await asyncio.shield(fetch)
+
+    def _fetched(self, key: _Key, fetch: "asyncio.Task[str]") -> None:
+        del self._fetches[key]
+        if not fetch.cancelled():
+            fetch.exception()  # everybody who waited may be gone: nobody else takes note of it
+
+    async def _fetch(self, key: _Key, login: Login | None, endpoint: Endpoint) -> str:
+        realm = parse_url(key.realm)
+        query = {"service": key.service} if key.service else {}
+        url = realm.update_query({**query, "scope": f"repository:{key.repository}:pull"})
+        headers = {"Authorization": basic_authorization(login)} if login and _may_know(realm, endpoint) else {}
+        response = await self._egress.follow("GET", str(url), headers=headers, endpoint=endpoint)
+        what = f"a token for {endpoint.registry}/{key.repository}"
+        if response.status in (401, 403):
+            said = await self._egress.explain(response)
+            raise Denied(
+                f"{authority_of(realm)} refuses {what} ({said}); "
+                f'check username and password in [registries."{endpoint.registry}"]'
+            )
+        if response.status != 200:
+            raise await self._egress.failure(response, what)
+        token, lifetime_s = _read_token(await self._egress.read(response, _MAX_ANSWER_BYTES, what), what)
+        if len(self._tokens) >= _MAX_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
+        self._tokens[key] = (token, monotonic() + lifetime_s * _USED_SHARE)
+        return token
+
+    async def close(self) -> None:
+        """End the fetches that still run."""
+        fetches = list(self._fetches.values())
+        for fetch in fetches:
+            fetch.cancel()
+        await asyncio.gather(*fetches, return_exceptions=True)
+
+
+def _may_know(realm: URL, endpoint: Endpoint) -> bool:
+    """Whether a token service may have the registry's password: over TLS, or on the registry's own host."""
+    # http on the registry's host is no worse than the registry, but only when that has no TLS either.
+    home = origin_of(URL(endpoint.url))
+    scheme, host, _ = origin_of(realm)
+    return scheme == "https" or (home[0] == "http" and home[1] == host)
+
+
+def _read_token(content: bytes, what: str) -> tuple[str, float]:
+    """Token and lifetime in seconds. Source: distribution's token specification, ``wave.md`` §2.4.4."""
+    document = read_json_object(content, what)
+    token = document.get("token") or document.get("access_token")
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise UpstreamError(f"the answer with {what} has neither token nor access_token: {clip(sorted(document))}")
+    lifetime_s = document.get("expires_in")
+    if not isinstance(lifetime_s, int | float) or lifetime_s <= 0:
+        lifetime_s = _DEFAULT_LIFETIME_S
+    return token, min(lifetime_s, _MAX_LIFETIME_S)

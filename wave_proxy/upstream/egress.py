@@ -1,0 +1,427 @@
+"""The way out: guarded HTTP to hosts that other people name, and the only module that opens outgoing connections."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from math import ceil
+from re import compile as compile_pattern
+from time import time
+from urllib.parse import urljoin
+
+import aiohttp
+from yarl import URL  # the type of URLs in aiohttp's API
+
+from wave_proxy import __version__
+from wave_proxy.errors import (
+    AddressRefused,
+    TooManyRequests,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    WaveError,
+    clip,
+)
+from wave_proxy.image.oci import read_json_object
+from wave_proxy.image.reference import DOCKER_HUB
+
+MAX_REDIRECTS = 5
+
+# aiohttp stops reading from the socket at twice this: enough to keep a fast line busy while a chunk is written to disk.
+READ_BUFFER_BYTES = 1 << 20
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_ERROR_BYTES = 64 << 10
+_MAX_RETRY_AFTER_S = 60
+_USER_AGENT = f"wave-proxy/{__version__}"
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+_PRINTABLE = compile_pattern(r"[!-~]*")
+_HOST = compile_pattern(r"[A-Za-z0-9._:-]+")
+_SECONDS = compile_pattern(r"-?[0-9]{1,9}")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where and how a registry is reached.
+
+    ``registry`` is the host in image names; ``url`` is ``scheme://host[:port]`` without a slash at the end. ``ca_file``
+    (PEM, trusted besides the system's) and ``proxy`` (URL) are empty when unused.
+    """
+
+    registry: str
+    url: str
+    allow_private: bool = False
+    ca_file: str = ""
+    proxy: str = ""
+
+
+def endpoint_for(
+    registry: str,
+    *,
+    url: str = "",
+    insecure: bool = False,
+    allow_private: bool | None = None,
+    ca_file: str = "",
+    proxy: str = "",
+) -> Endpoint:
+    """The endpoint of a registry from its settings; the defaults are those of a registry without any.
+
+    Plain http is for ``insecure`` and loopback hosts. ``allow_private`` None means: only where ``url`` itself names
+    localhost or a private address. Raises ValueError when ``url`` is no address of a registry.
+    Source: ``wave.md`` §2.4.1 and its vectors V31.
+    """
+    if url:
+        base = url.rstrip("/").removesuffix("/v2")
+    elif registry == DOCKER_HUB:
+        base = "https://registry-1.docker.io"
+    else:
+        scheme = "http" if insecure or _is_loopback(URL(f"//{registry}").host or "") else "https"
+        base = f"{scheme}://{registry}"
+    try:
+        host = parse_url(base).host or ""
+    except UpstreamError as err:
+        raise ValueError(f"endpoint of registry {registry!r}: {err}; expected http(s)://host[:port]") from None
+    if allow_private is None:
+        allow_private = bool(url) and (host == "localhost" or (_is_literal(host) and not is_public(host)))
+    return Endpoint(registry, base, allow_private, ca_file, proxy)
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_literal(host) and ip_address(host.partition("%")[0]).is_loopback)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet: not loopback, private, link-local, shared, multicast or reserved.
+
+    An IPv6 address that stands for an IPv4 one (mapped, 6to4, NAT64) is what that one is.
+    """
+    ip = ip_address(address.partition("%")[0])
+    if isinstance(ip, IPv6Address):
+        inner = IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        if ip.is_site_local:
+            return False
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class _PrivateAddress(OSError):
+    """Refused by the guard. The text is always the same, so that it stays whole when a name has several addresses."""
+
+    def __init__(self) -> None:
+        super().__init__("a private or loopback address")
+
+
+def _guarded_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket for an address that is about to be connected to: after DNS, so no second answer can differ."""
+    family, kind, protocol, _, address = info
+    if not is_public(address[0]):
+        raise _PrivateAddress
+    return socket.socket(family, kind, protocol)
+
+
+def parse_url(text: str, base: URL | None = None) -> URL:
+    """An absolute http(s) URL without user and password; ``text`` may be relative to ``base``.
+
+    Raises UpstreamError. What came encoded stays so byte by byte, since signed links break otherwise.
+    """
+    try:
+        whole = urljoin(str(base), text) if base is not None else text
+        url = URL(whole, encoded=_PRINTABLE.fullmatch(whole) is not None)
+        host, port = url.raw_host, url.port
+        if url.scheme in ("http", "https") and host and port and _HOST.fullmatch(host) and "@" not in url.raw_authority:
+            return url
+    except ValueError:
+        pass
+    raise UpstreamError(f"{clip(text.partition('?')[0])} is not an http(s) address without user and password")
+
+
+def authority_of(url: URL) -> str:
+    """``host`` or ``host:port`` as it stands in the URL, in lower case."""
+    return url.raw_authority.lower()
+
+
+def origin_of(url: URL) -> tuple[str, str, int]:
+    """Scheme, host and port: what must stay the same for a secret to be sent."""
+    return url.scheme, (url.raw_host or "").lower(), url.port or 0
+
+
+def retry_after_s(value: str, now: float) -> int | None:
+    """The seconds that a Retry-After header asks for, from 1 to 60; None when it says nothing that we can read."""
+    if _SECONDS.fullmatch(value.strip()):
+        wait_s = float(value)
+    else:
+        try:
+            moment = parsedate_to_datetime(value)
+            wait_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return min(max(ceil(wait_s), 1), _MAX_RETRY_AFTER_S)
+
+
+def unix_session(path: str, limit: int) -> aiohttp.ClientSession:
+    """A session with a server on a Unix socket, at most ``limit`` connections; bodies and headers stay as they are."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.UnixConnector(path=path, limit=limit),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """What a connection may do. Each has a session of its own: a pooled connection never crosses over."""
+
+    allow_private: bool = False
+    ca_file: str = ""
+    proxy: str = ""
+
+
+class Egress:
+    """Requests to the configured registries and to whatever they point at. Belongs to one event loop.
+
+    Timeouts are seconds: ``connect`` covers DNS and TLS, ``response`` the wait for an answer's head, ``idle`` the pause
+    between two reads of its body. Raises OSError when a ``ca_file`` can't be read or holds no certificate.
+    """
+
+    def __init__(
+        self,
+        endpoints: Mapping[str, Endpoint],
+        *,
+        connect_timeout_s: float = 10.0,
+        response_timeout_s: float = 30.0,
+        idle_timeout_s: float = 30.0,
+    ) -> None:
+        self._endpoints = dict(endpoints)
+        self._by_place: dict[tuple[str, int], Endpoint] = {}
+        for endpoint in self._endpoints.values():
+            self._by_place.setdefault(origin_of(parse_url(endpoint.url))[1:], endpoint)
+        self._connect_timeout_s = connect_timeout_s
+        self._response_timeout_s = response_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._sessions: dict[_Policy, aiohttp.ClientSession] = {}
+        self._trusts = {e.ca_file: _trust(e.ca_file) for e in self._endpoints.values() if e.ca_file}
+
+    def endpoint(self, registry: str) -> Endpoint:
+        """Where that registry is reached: as configured, else by its name."""
+        return self._endpoints.get(registry) or endpoint_for(registry)
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, endpoint: Endpoint | None = None
+    ) -> aiohttp.ClientResponse:
+        """One hop: the answer as it is, a redirect too, body undecoded. The caller closes or releases it.
+
+        The connection follows the rules of ``endpoint`` when the URL is on its host and port, else those of the
+        configured registry that is there, else it goes to public addresses only.
+        Raises AddressRefused, UpstreamUnavailable (no connection, TLS), UpstreamTimeout, UpstreamError (not HTTP).
+        """
+        return await self._hop(method, parse_url(url), headers or {}, endpoint)
+
+    async def follow(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, endpoint: Endpoint | None = None
+    ) -> aiohttp.ClientResponse:
+        """The answer at the end of at most 5 redirects, each of them checked as ``request`` does.
+
+        Authorization goes only where scheme, host and port are still those of ``url``, and no hop leads from https to
+        http unless a configured endpoint is there. Raises what ``request`` raises; UpstreamError also for a loop.
+        """
+        target = parse_url(url)
+        home, sent, seen = origin_of(target), dict(headers or {}), {target}
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._hop(method, target, sent, endpoint)
+            if response.status not in _REDIRECTS:
+                return response
+            location = response.headers.get("Location")
+            response.release()
+            target = self._next_hop(target, location, endpoint)
+            if target in seen:
+                raise UpstreamError(f"{authority_of(target)} redirects in a loop")
+            seen.add(target)
+            if origin_of(target) != home:
+                sent.pop("Authorization", None)
+        raise UpstreamError(f"{home[1]} redirects more than {MAX_REDIRECTS} times")
+
+    def _next_hop(self, current: URL, location: str | None, endpoint: Endpoint | None) -> URL:
+        if not location:
+            raise UpstreamError(f"{authority_of(current)} redirects to nowhere: the Location header is missing")
+        target = parse_url(location, current)
+        if current.scheme == "https" and target.scheme == "http":
+            there = self._endpoint_at(target, endpoint)
+            if there is None or not there.url.startswith("http:"):
+                raise UpstreamError(f"{authority_of(current)} redirects from https to http://{authority_of(target)}")
+        return target
+
+    def _endpoint_at(self, url: URL, endpoint: Endpoint | None) -> Endpoint | None:
+        place = origin_of(url)[1:]
+        if endpoint is not None and origin_of(URL(endpoint.url))[1:] == place:
+            return endpoint
+        return self._by_place.get(place)
+
+    async def _hop(
+        self, method: str, url: URL, headers: Mapping[str, str], endpoint: Endpoint | None
+    ) -> aiohttp.ClientResponse:
+        there = self._endpoint_at(url, endpoint)
+        policy = _Policy(there.allow_private, there.ca_file, there.proxy) if there else _Policy()
+        sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
+        try:
+            # aiohttp measures pauses; the sum of both limits ends a head that comes byte by byte.
+            async with asyncio.timeout(self._connect_timeout_s + self._response_timeout_s):
+                response = await self._session(policy).request(
+                    method, url, headers=sent, allow_redirects=False, proxy=policy.proxy or None
+                )
+        except (aiohttp.ClientError, OSError) as err:
+            raise self._translate(err, authority_of(url), there) from err
+        self._limit_pauses(response)
+        return response
+
+    def _session(self, policy: _Policy) -> aiohttp.ClientSession:
+        session = self._sessions.get(policy)
+        if session is None:
+            unguarded = policy.allow_private or policy.proxy
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                ssl=self._trust(policy.ca_file) if policy.ca_file else True,
+                socket_factory=None if unguarded else _guarded_socket,
+            )
+            session = self._sessions[policy] = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(
+                    total=None, connect=self._connect_timeout_s, sock_read=self._response_timeout_s
+                ),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                read_bufsize=READ_BUFFER_BYTES,
+            )
+        return session
+
+    def _trust(self, ca_file: str) -> ssl.SSLContext:
+        if ca_file not in self._trusts:
+            self._trusts[ca_file] = _trust(ca_file)
+        return self._trusts[ca_file]
+
+    def _limit_pauses(self, response: aiohttp.ClientResponse) -> None:
+        """Put the idle timeout in the place of the response timeout, for the rest of this answer."""
+        connection = response.connection
+        if connection is None or connection.protocol is None:
+            return
+        connection.protocol.read_timeout = self._idle_timeout_s
+        # While we don't read, it is not the peer who pauses; aiohttp starts the clock when reading goes on.
+        if isinstance(connection.transport, asyncio.ReadTransport) and connection.transport.is_reading():
+            connection.protocol.start_timeout()
+
+    def _translate(self, err: Exception, host: str, endpoint: Endpoint | None) -> WaveError:
+        table = f'[registries."{endpoint.registry if endpoint else host}"]'
+        reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
+        if isinstance(err, aiohttp.ClientConnectorError) and isinstance(err.os_error, _PrivateAddress):
+            return AddressRefused(
+                f"{host} is at a private or loopback address; where that is meant, set allow_private = true in {table}"
+            )
+        if isinstance(err, aiohttp.ClientConnectorDNSError):
+            return UpstreamUnavailable(f"{host} can't be resolved: {reason}")
+        if isinstance(err, aiohttp.ClientSSLError):
+            return UpstreamUnavailable(
+                f"no TLS connection to {host}: {reason}; certificates of your own go into ca_file of {table}"
+            )
+        if isinstance(err, aiohttp.ConnectionTimeoutError):
+            return UpstreamTimeout(f"no connection to {host} within {self._connect_timeout_s:g} s")
+        if isinstance(err, TimeoutError):
+            return UpstreamTimeout(f"{host} did not answer within {self._response_timeout_s:g} s")
+        if isinstance(err, aiohttp.ClientHttpProxyError):
+            return UpstreamUnavailable(f"the proxy on the way to {host} answers with status {err.status}")
+        if isinstance(err, aiohttp.ClientResponseError | aiohttp.InvalidURL):
+            return UpstreamError(f"the answer of {host} is not HTTP as we know it: {clip(reason)}")
+        return UpstreamUnavailable(f"no answer from {host}: {reason}")
+
+    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """The body as it arrives. The caller closes the response.
+
+        Raises UpstreamUnavailable when it breaks off, UpstreamTimeout when nothing comes for the idle timeout.
+        """
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except TimeoutError as err:
+            host = authority_of(response.url)
+            raise UpstreamTimeout(f"{host} sent nothing for {self._idle_timeout_s:g} s") from err
+        except (aiohttp.ClientError, OSError) as err:
+            raise UpstreamUnavailable(
+                f"the answer of {authority_of(response.url)} breaks off: {clip(str(err))}"
+            ) from err
+
+    async def read(self, response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
+        """The whole body of a small answer, at most ``limit`` bytes; the response is released whatever happens.
+
+        Raises UpstreamError when it is longer, UpstreamUnavailable, UpstreamTimeout. ``what`` names it in messages.
+        """
+        parts: list[bytes] = []
+        left = limit
+        try:
+            async with asyncio.timeout(self._response_timeout_s + self._idle_timeout_s):
+                async with aclosing(self.chunks(response)) as chunks:
+                    async for chunk in chunks:
+                        left -= len(chunk)
+                        if left < 0:
+                            raise UpstreamError(f"{what} has more than the {limit} bytes that we take")
+                        parts.append(chunk)
+        except TimeoutError as err:
+            raise UpstreamTimeout(f"{what} did not arrive in time") from err
+        finally:
+            response.release()
+        return b"".join(parts)
+
+    async def explain(self, response: aiohttp.ClientResponse) -> str:
+        """``HTTP <status>`` with what the body says in words, if anything; the response is released."""
+        status = f"HTTP {response.status}"
+        try:
+            document = read_json_object(await self.read(response, _MAX_ERROR_BYTES, "an error"), "an error")
+        except UpstreamError:
+            return status
+        match document:
+            case (
+                {"errors": [{"message": str(text)}, *_]}
+                | {"errors": [{"code": str(text)}, *_]}
+                | {"details": str(text)}
+                | {"message": str(text)}
+            ) if text:
+                return f"{status}, {clip(text, 200)}"
+        return status
+
+    async def failure(self, response: aiohttp.ClientResponse, what: str) -> WaveError:
+        """The error for an answer that is none: TooManyRequests, UpstreamUnavailable (5xx) or UpstreamError."""
+        host = authority_of(response.url)
+        wait_s = retry_after_s(response.headers.get("Retry-After", ""), time())
+        said = await self.explain(response)
+        if response.status == 429:
+            return TooManyRequests(f"{host} limits requests, {what} has to wait ({said})", wait_s)
+        if response.status >= 500:
+            return UpstreamUnavailable(f"{host} fails to give {what} ({said})")
+        return UpstreamError(f"{host} does not give {what} ({said})")
+
+    async def close(self) -> None:
+        """Close all connections; answers that are still being read break off."""
+        sessions = list(self._sessions.values())
+        self._sessions.clear()
+        for session in sessions:
+            await session.close()
+
+
+def _trust(ca_file: str) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.load_verify_locations(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    return context

@@ -1,0 +1,408 @@
+"""The client for upstream registries: manifests, blobs and tags, with authentication and retries."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from re import compile as compile_pattern
+from typing import TypeVar
+from urllib.parse import quote
+
+from aiohttp import ClientResponse
+from yarl import URL
+
+from wave_proxy.errors import (
+    BlobUnknown,
+    Denied,
+    DigestInvalid,
+    DigestMismatch,
+    ManifestUnknown,
+    NameUnknown,
+    TooManyRequests,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    WaveError,
+    clip,
+)
+from wave_proxy.image.oci import (
+    ACCEPT_MANIFESTS,
+    DOCKER_SCHEMA1,
+    DOCKER_SCHEMA1_SIGNED,
+    MAX_MANIFEST_BYTES,
+    digest_of,
+    matches,
+    parse_digest,
+    read_json_object,
+    sniff_media_type,
+)
+from wave_proxy.upstream.bearer import BearerTokens, Challenge, basic_authorization, choose_challenge
+from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, origin_of, parse_url
+
+T = TypeVar("T")
+
+MAX_TAGS_BYTES = 16 << 20
+
+_MAX_CHALLENGES = 1024
+_FIRST_PAUSE_S = 0.2
+_MAX_PAUSE_S = 5.0
+
+_OK = frozenset({200})
+_OK_OR_PART = frozenset({200, 206})
+# 403 is what object stores say to a HEAD with a link that was signed for GET.
+_HEAD_OR_REFUSED = frozenset({200, 400, 403, 405, 501})
+
+# Types that say nothing about a manifest; text/html never is one.
+_GENERIC = frozenset({"", "text/plain", "text/html", "application/json", "application/octet-stream"})
+# Their digest is that of the document without its signatures.
+_SIGNED_TYPES = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
+
+_CONTENT_RANGE = compile_pattern(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestHead:
+    """What a manifest is, without its content; ``size`` in bytes."""
+
+    digest: str
+    media_type: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedManifest:
+    """A manifest or index as it came; ``digest`` is that of ``content``, the media type has no parameters."""
+
+    content: bytes
+    media_type: str
+    digest: str
+
+
+@dataclass(slots=True)
+class BlobStream:
+    """A blob on its way: size of the whole blob (None when upstream does not tell), offset where the chunks start."""
+
+    size: int | None
+    start: int
+    chunks: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class TagsPage:
+    """One page of a tags list, as it came; ``link`` is upstream's Link header, empty when there is none."""
+
+    content: bytes
+    media_type: str
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What a request is about: a path in a repository, its name in messages, and the error when it isn't there."""
+
+    endpoint: Endpoint
+    repository: str
+    path: str
+    name: str
+    missing: type[WaveError]
+
+    @property
+    def url(self) -> str:
+        return f"{self.endpoint.url}/v2/{quote(self.repository)}/{self.path}"
+
+
+class Registry:
+    """Reads from all upstream registries. Failures that look temporary are tried ``attempts`` times in all.
+
+    Every method raises Denied (or AddressRefused), TooManyRequests, UpstreamError, UpstreamUnavailable and
+    UpstreamTimeout, besides what it names itself.
+    """
+
+    def __init__(self, egress: Egress, credentials: Credentials, *, attempts: int = 4) -> None:
+        self._egress = egress
+        self._credentials = credentials
+        self._attempts = attempts
+        self._bearers = BearerTokens(egress)
+        self._challenges: dict[str, Challenge] = {}  # by endpoint URL: the next request need not ask first
+
+    async def close(self) -> None:
+        """End what still runs in the background. The egress is the caller's."""
+        await self._bearers.close()
+
+    # --- what callers ask for ------------------------------------------------------------------------------------
+
+    async def head_manifest(self, registry: str, repository: str, reference: str) -> ManifestHead:
+        """Digest, media type and size of a manifest; costs a GET where upstream's HEAD does not tell them.
+
+        Raises ManifestUnknown, DigestInvalid.
+        """
+        subject = self._manifest(registry, repository, reference)
+        response = await self._open("HEAD", subject, {"Accept": ACCEPT_MANIFESTS}, _HEAD_OR_REFUSED)
+        response.release()
+        head = _read_head(response, reference)
+        if head is None:
+            manifest = await self.fetch_manifest(registry, repository, reference)
+            head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.content))
+        return head
+
+    async def fetch_manifest(self, registry: str, repository: str, reference: str) -> FetchedManifest:
+        """A manifest of at most MAX_MANIFEST_BYTES, checked against the digest in ``reference`` or upstream's header.
+
+        Raises ManifestUnknown, DigestInvalid, DigestMismatch.
+        """
+        subject = self._manifest(registry, repository, reference)
+        return await self._retried(lambda: self._read_manifest(subject, reference))
+
+    async def head_blob(self, registry: str, repository: str, digest: str) -> int | None:
+        """Size of a blob in bytes, None when upstream does not tell. Raises BlobUnknown."""
+        response = await self._open("HEAD", self._blob(registry, repository, digest), {}, _HEAD_OR_REFUSED)
+        response.release()
+        if response.status == 200:
+            return response.content_length
+        async with self.open_blob(registry, repository, digest) as stream:
+            return stream.size
+
+    def open_blob(
+        self, registry: str, repository: str, digest: str, *, start: int = 0, size: int | None = None
+    ) -> AbstractAsyncContextManager[BlobStream]:
+        """A blob's bytes from ``start`` on, or from 0 where upstream ignores Range; unchecked.
+
+        ``size`` is the whole blob's, when it is known. Raises BlobUnknown on entry. The chunks raise
+        UpstreamUnavailable when they end too early and UpstreamTimeout when they stall: both can be resumed. More
+        bytes than announced are handed on.
+        """
+        subject = self._blob(registry, repository, digest)
+        headers = _range_headers(start, size)
+        return self._stream(lambda: self._ask("GET", subject, headers, _OK_OR_PART), start, size, subject.name)
+
+    def open_url(self, url: str, *, start: int = 0, size: int | None = None) -> AbstractAsyncContextManager[BlobStream]:
+        """The same for an http(s) address that a user gave; never with credentials. Raises BlobUnknown on entry."""
+        return self._stream(lambda: self._ask_url(url, _range_headers(start, size)), start, size, _shown(url))
+
+    async def fetch_tags(self, registry: str, repository: str, query: str) -> TagsPage:
+        """One page of the tags list; ``query`` is the client's query string, without ``?``. Raises NameUnknown."""
+        path = f"tags/list?{quote(query, safe='%=&+,:;/@~')}" if query else "tags/list"
+        name = f"{registry}/{repository}"
+        subject = _Subject(self._egress.endpoint(registry), repository, path, name, NameUnknown)
+        return await self._retried(lambda: self._read_tags(subject))
+
+    # --- reading answers -----------------------------------------------------------------------------------------
+
+    def _manifest(self, registry: str, repository: str, reference: str) -> _Subject:
+        if ":" in reference:
+            parse_digest(reference)
+        name = f"{registry}/{repository}{'@' if ':' in reference else ':'}{reference}"
+        path = f"manifests/{quote(reference, safe=':')}"
+        return _Subject(self._egress.endpoint(registry), repository, path, name, ManifestUnknown)
+
+    def _blob(self, registry: str, repository: str, digest: str) -> _Subject:
+        name = f"{registry}/{repository}@{digest}"
+        path = f"blobs/{quote(digest, safe=':')}"
+        return _Subject(self._egress.endpoint(registry), repository, path, name, BlobUnknown)
+
+    async def _read_manifest(self, subject: _Subject, reference: str) -> FetchedManifest:
+        response = await self._ask("GET", subject, {"Accept": ACCEPT_MANIFESTS}, _OK)
+        media_type = _media_type(response)
+        told = response.headers.get("Docker-Content-Digest", "")
+        content = await self._egress.read(response, MAX_MANIFEST_BYTES, f"manifest {subject.name}")
+        _refuse_page(media_type, subject)
+        if media_type in _GENERIC:
+            media_type = sniff_media_type(content)
+        if ":" in reference:
+            expected = reference
+        else:
+            expected = told if _is_digest(told) and media_type not in _SIGNED_TYPES else digest_of(content)
+        if not matches(content, expected):
+            raise DigestMismatch(f"manifest {subject.name} came as {digest_of(content)}, and {expected} was announced")
+        read_json_object(content, f"manifest {subject.name}")
+        return FetchedManifest(content, media_type, expected)
+
+    async def _read_tags(self, subject: _Subject) -> TagsPage:
+        response = await self._ask("GET", subject, {"Accept": "application/json"}, _OK)
+        media_type = response.headers.get("Content-Type", "application/json")
+        link = response.headers.get("Link", "")
+        content = await self._egress.read(response, MAX_TAGS_BYTES, f"tags of {subject.name}")
+        _refuse_page(_media_type(response), subject)
+        read_json_object(content, f"tags of {subject.name}")
+        return TagsPage(content, media_type, link)
+
+    @asynccontextmanager
+    async def _stream(
+        self, ask: Callable[[], Awaitable[ClientResponse]], start: int, size: int | None, name: str
+    ) -> AsyncIterator[BlobStream]:
+        response = await self._retried(ask)
+        try:
+            first, total = _placed(response, start, size, name)
+            end = total if size is None else size
+            async with aclosing(self._counted(response, None if end is None else end - first, name)) as chunks:
+                yield BlobStream(total, first, chunks)
+        finally:
+            response.close()
+
+    async def _counted(self, response: ClientResponse, expected: int | None, name: str) -> AsyncGenerator[bytes, None]:
+        seen = 0
+        async with aclosing(self._egress.chunks(response)) as chunks:
+            async for chunk in chunks:
+                seen += len(chunk)
+                yield chunk
+        if expected is not None and seen < expected:
+            raise UpstreamUnavailable(f"{name} ended after {seen} of {expected} bytes")
+
+    # --- asking --------------------------------------------------------------------------------------------------
+
+    async def _open(
+        self, method: str, subject: _Subject, headers: dict[str, str], wanted: frozenset[int]
+    ) -> ClientResponse:
+        return await self._retried(lambda: self._ask(method, subject, headers, wanted))
+
+    async def _retried(self, operation: Callable[[], Awaitable[T]]) -> T:
+        attempt = 1
+        while True:
+            try:
+                return await operation()
+            except (UpstreamUnavailable, UpstreamTimeout, TooManyRequests) as err:
+                pause_s = _pause_s(err, attempt)
+                if pause_s is None or attempt >= self._attempts:
+                    raise
+            await asyncio.sleep(pause_s)
+            attempt += 1
+
+    async def _ask(
+        self, method: str, subject: _Subject, headers: dict[str, str], wanted: frozenset[int]
+    ) -> ClientResponse:
+        """An answer with one of the wanted statuses, which the caller closes."""
+        response = await self._authorized(method, subject, headers)
+        if response.status in wanted:
+            return response
+        if response.status in (401, 403):
+            raise self._denied(response, subject, await self._egress.explain(response))
+        if response.status == 404:
+            response.release()
+            raise subject.missing(f"repository {subject.name!r} not found")
+        raise await self._egress.failure(response, subject.name)
+
+    async def _ask_url(self, url: str, headers: dict[str, str]) -> ClientResponse:
+        response = await self._egress.follow("GET", url, headers=headers)
+        if response.status in _OK_OR_PART:
+            return response
+        if response.status in (404, 410):
+            response.release()
+            raise BlobUnknown(f"{_shown(url)} not found")
+        if response.status in (401, 403):
+            raise Denied(f"{_shown(url)} can't be read without credentials ({await self._egress.explain(response)})")
+        raise await self._egress.failure(response, _shown(url))
+
+    async def _authorized(self, method: str, subject: _Subject, headers: dict[str, str]) -> ClientResponse:
+        """The answer to a request with what the registry asks for; a fresh token is tried once."""
+        place = subject.endpoint.url
+        used = await self._authorization(subject, self._challenges.get(place))
+        response = await self._send(method, subject, headers, used)
+        if response.status != 401 or origin_of(response.url) != origin_of(URL(place)):
+            return response
+        challenge = choose_challenge(response.headers.getall("WWW-Authenticate", []))
+        said = await self._egress.explain(response)
+        if challenge is not None:
+            self._remember(place, challenge)
+        fresh = await self._authorization(subject, challenge, stale=used)
+        if fresh in ("", used):
+            raise self._denied(response, subject, said)
+        return await self._send(method, subject, headers, fresh)
+
+    async def _send(
+        self, method: str, subject: _Subject, headers: dict[str, str], authorization: str
+    ) -> ClientResponse:
+        sent = {**headers, "Authorization": authorization} if authorization else headers
+        return await self._egress.follow(method, subject.url, headers=sent, endpoint=subject.endpoint)
+
+    async def _authorization(self, subject: _Subject, challenge: Challenge | None, stale: str = "") -> str:
+        if challenge is None:
+            return ""
+        login = self._credentials.find(subject.endpoint.registry)
+        if challenge.scheme == "basic":
+            return basic_authorization(login) if login else ""
+        token = await self._bearers.get(
+            challenge, subject.repository, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
+        )
+        return f"Bearer {token}"
+
+    def _remember(self, place: str, challenge: Challenge) -> None:
+        if place not in self._challenges and len(self._challenges) >= _MAX_CHALLENGES:
+            del self._challenges[next(iter(self._challenges))]
+        self._challenges[place] = challenge
+
+    def _denied(self, response: ClientResponse, subject: _Subject, said: str) -> Denied:
+        registry = subject.endpoint.registry
+        if origin_of(response.url) != origin_of(URL(subject.endpoint.url)):
+            host = authority_of(response.url)
+            return Denied(f"{host}, where registry {registry!r} sends us for {subject.name}, denies access ({said})")
+        if self._credentials.find(registry):
+            hint = "check username and password in"
+        else:
+            hint = "if it exists and is private, set username and password in"
+        return Denied(
+            f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); "
+            f'{hint} [registries."{registry}"]'
+        )
+
+
+def _pause_s(err: WaveError, attempt: int) -> float | None:
+    """How long to wait before the next attempt; None when there must not be one."""
+    if isinstance(err, TooManyRequests):
+        wait_s = err.retry_after_s
+        return wait_s if wait_s is not None and wait_s <= _MAX_PAUSE_S else None
+    pause_s: float = min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _MAX_PAUSE_S)
+    return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries, hides nothing
+
+
+def _media_type(response: ClientResponse) -> str:
+    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def _refuse_page(media_type: str, subject: _Subject) -> None:
+    if media_type == "text/html":
+        raise UpstreamError(
+            f"{subject.endpoint.url} answers for {subject.name} with a web page: a login or block page on the way?"
+        )
+
+
+def _is_digest(text: str) -> bool:
+    try:
+        parse_digest(text)
+    except DigestInvalid:
+        return False
+    return True
+
+
+def _read_head(response: ClientResponse, reference: str) -> ManifestHead | None:
+    """What the headers tell of a manifest, None when something is missing."""
+    media_type, size = _media_type(response), response.content_length
+    digest = reference if ":" in reference else response.headers.get("Docker-Content-Digest", "")
+    if response.status != 200 or media_type in _GENERIC or size is None or not _is_digest(digest):
+        return None
+    return ManifestHead(digest, media_type, size)
+
+
+def _range_headers(start: int, size: int | None) -> dict[str, str]:
+    """A closed Range where the end is known: some object stores answer an open one with everything."""
+    return {"Range": f"bytes={start}-{'' if size is None else size - 1}"} if start else {}
+
+
+def _placed(response: ClientResponse, start: int, size: int | None, name: str) -> tuple[int, int | None]:
+    """Offset of the answer's first byte, size of the whole blob. Raises UpstreamError for a part not asked for."""
+    if response.status == 200:
+        return 0, response.content_length
+    given = response.headers.get("Content-Range", "")
+    match = _CONTENT_RANGE.fullmatch(given)
+    if match is None or start == 0 or int(match[1]) != start:
+        raise UpstreamError(f"{authority_of(response.url)} sent {clip(given)} of {name}, asked for byte {start} and on")
+    total = None if match[3] == "*" else int(match[3])
+    if total is not None and size is not None and total != size:
+        raise UpstreamError(f"{authority_of(response.url)} says that {name} has {total} bytes, expected {size}")
+    return start, total
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: no query, which may be a signature."""
+    return str(parse_url(url).with_query(None).with_fragment(None))

@@ -1,0 +1,49 @@
+"""From the configuration's registry tables, as plain values, to endpoints and logins."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.egress import Endpoint, endpoint_for
+
+
+class RegistryTable(Protocol):
+    """One ``[registries."host"]`` table."""
+
+    @property
+    def endpoint(self) -> str: ...
+    @property
+    def username(self) -> str: ...
+    @property
+    def insecure(self) -> bool: ...
+    @property
+    def allow_private(self) -> bool | None: ...
+    @property
+    def ca_file(self) -> Path | None: ...
+    @property
+    def proxy(self) -> str: ...
+    def read_password(self) -> str:
+        """The password, from wherever the table says it is. Raises OSError when its file can't be read."""
+
+
+def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
+    """Where each configured registry is reached, by its host in image names."""
+    return {
+        host: endpoint_for(
+            host,
+            url=table.endpoint,
+            insecure=table.insecure,
+            allow_private=table.allow_private,
+            ca_file=str(table.ca_file or ""),
+            proxy=table.proxy,
+        )
+        for host, table in tables.items()
+    }
+
+
+def read_credentials(tables: Mapping[str, RegistryTable]) -> Credentials:
+    """The logins of the registries that have a user. Raises OSError when a password's file can't be read."""
+    return Credentials(
+        {host: Login(table.username, table.read_password()) for host, table in tables.items() if table.username}
+    )
