@@ -23,12 +23,14 @@ from api.app import create_app
 from api.containers import Containers
 from api.locations import OpenHosts, address_of
 from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
-from wave_proxy.state.redis import check, connect
+from wave_proxy.state.redis import check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.upstream.credentials import Credentials, Login
-from wave_proxy.upstream.egress import Egress, Endpoint, endpoint_for
+from wave_proxy.supervisor import say_ready
+from wave_proxy.upstream.egress import Egress, Endpoint
 from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.tables import read_credentials, read_endpoints
 
 # Connections from the proxy are reused; it should be the one to close them.
 _KEEP_ALIVE_S = 300
@@ -46,7 +48,7 @@ def main() -> None:
         settings = load(Path(config_file) if config_file else None, {})
         configure(settings.log.format, settings.log.level, "api")
         uvloop.run(_serve(settings, path))
-    except (ConfigInvalid, OSError, ValueError) as err:
+    except (ConfigInvalid, StateUnavailable, OSError, ValueError) as err:
         sys.exit(f"wave-proxy api: {err}")
 
 
@@ -69,7 +71,9 @@ async def _serve(settings: Settings, path: Path) -> None:
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(int(settings.shutdown_grace), 1),
         )
-        await uvicorn.Server(config).serve([stack.enter_context(_listen(path))])
+        listener = stack.enter_context(_listen(path))
+        say_ready()  # the socket takes connections from here on
+        await uvicorn.Server(config).serve([listener])
 
 
 async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
@@ -77,7 +81,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         raise ConfigInvalid("redis_url: the api needs a Redis to talk to; `wave-proxy serve` brings its own")
     redis = connect(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
-    endpoints = _endpoints(settings)
+    await wait_until_up(redis)
+    endpoints = read_endpoints(settings.registries)
     egress = Egress(
         endpoints,
         connect_timeout_s=settings.upstream.connect_timeout,
@@ -85,7 +90,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         idle_timeout_s=settings.upstream.idle_timeout,
     )
     stack.push_async_callback(egress.close)
-    registry = Registry(egress, Credentials(_logins(settings)), attempts=settings.upstream.attempts)
+    registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
     containers = Containers(
         TokenStore(redis, settings.tokens.retention),
@@ -97,31 +102,6 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         max_body_bytes=settings.http.max_body_bytes,
     )
     return create_app(containers, partial(check, redis))
-
-
-def _endpoints(settings: Settings) -> dict[str, Endpoint]:
-    return {
-        host: endpoint_for(
-            host,
-            url=table.endpoint,
-            insecure=table.insecure,
-            allow_private=table.allow_private,
-            ca_file=str(table.ca_file or ""),
-            proxy=table.proxy,
-        )
-        for host, table in settings.registries.items()
-    }
-
-
-def _logins(settings: Settings) -> dict[str, Login]:
-    logins = {}
-    for host, table in settings.registries.items():
-        password = table.password.get_secret_value()
-        if table.password_file is not None:
-            password = table.password_file.read_text().strip()
-        if table.username:
-            logins[host] = Login(table.username, password)
-    return logins
 
 
 def _open_hosts(endpoints: dict[str, Endpoint]) -> OpenHosts:
@@ -136,6 +116,7 @@ def _listen(path: Path) -> socket:
     umask = os.umask(0o177)
     try:
         listener.bind(str(path))
+        listener.listen(1024)
     finally:
         os.umask(umask)
     return listener

@@ -4,7 +4,7 @@ import asyncio
 
 import structlog
 
-from wave_proxy.state.redis import Redis, check
+from wave_proxy.state.redis import Redis, wait_until_up
 
 log = structlog.get_logger()
 
@@ -17,6 +17,6 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set. Raises StateUnavailable when the state store does not answer at the start."""
-        await check(self._redis)
+        await wait_until_up(self._redis)
         log.info("builder is running; this version has no build engines, so there is nothing to build")
         await stop.wait()

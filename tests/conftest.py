@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from bench.upstream import Upstream
 from tests.servers import WaveProxy, redis_server
+
+# A busy machine makes an example slow, not wrong; a failure prints how to repeat it.
+settings.register_profile("ours", deadline=None, print_blob=True)
+settings.load_profile("ours")
 
 
 @pytest.fixture

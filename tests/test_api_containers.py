@@ -218,8 +218,8 @@ def with_layers(base: str, *layers: dict[str, Any]) -> dict[str, Any]:
         pytest.param({"gzipDigest": TOOLS.digest}, f"gzipDigest is {TOOLS.digest}", id="gzip digest"),
         pytest.param({"tarDigest": TOOLS.diff_id}, f"tarDigest is {TOOLS.diff_id}", id="tar digest"),
         pytest.param({"gzipSize": EXTRA.size + 1}, f"gzipSize is {EXTRA.size + 1}", id="size"),
-        pytest.param({"location": "data:****"}, "not valid base64", id="base64"),
-        pytest.param({"location": "gzip:AAAA"}, "not valid base64", id="deflate"),
+        pytest.param({"location": "data:****"}, "location is not valid after", id="base64"),
+        pytest.param({"location": "gzip:AAAA"}, "location is not valid after", id="deflate"),
     ],
 )
 def test_an_inline_layer_that_is_not_what_it_says(

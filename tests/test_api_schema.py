@@ -741,7 +741,7 @@ def test_settings_for_builds_do_not_make_a_plain_image_one() -> None:
 
 
 def test_empty_members_are_left_out() -> None:
-    document = {"a": None, "b": "", "c": [], "d": (), "e": False, "f": 0, "g": {}, "h": "x"}
+    document: dict[str, Any] = {"a": None, "b": "", "c": [], "d": (), "e": False, "f": 0, "g": {}, "h": "x"}
     assert filled(document) == {"e": False, "f": 0, "g": {}, "h": "x"}
 
 

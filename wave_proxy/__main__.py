@@ -218,7 +218,7 @@ def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], n
     for name in names:
         for number in range(settings.workers or os.cpu_count() or 1) if name == "proxy" else (0,):
             label = f"proxy-{number}" if name == "proxy" else name
-            parts.append(Part(label, commands[name], _STAGES[name], environment))
+            parts.append(Part(label, commands[name], _STAGES[name], environment, urgent=name != "builder"))
     return parts
 
 

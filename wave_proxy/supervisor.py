@@ -37,13 +37,17 @@ class StartFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A child process. ``stage`` orders the end: lower ones end first, the next when all of them have."""
+    """A child process. ``stage`` orders the end: lower ones end first, the next when all of them have.
+
+    A part that is not ``urgent`` starts once the others answer, so that it does not hold them up.
+    """
 
     name: str
     command: Sequence[str]
     stage: int
     environment: Mapping[str, str]
     says_ready: bool = True
+    urgent: bool = True
 
 
 class _Child:
@@ -52,7 +56,7 @@ class _Child:
     def __init__(self, part: Part) -> None:
         self.part = part
         self.process: subprocess.Popen[bytes] | None = None
-        self.ready = not part.says_ready
+        self.ready = not part.says_ready or not part.urgent
         self.started = 0.0
         self.delay = 0.0
         self.restart_at: float | None = None
@@ -95,7 +99,8 @@ class Supervisor:
             signal.signal(number, lambda *_: None)
         began = monotonic()
         for child in self._children:
-            child.start(self._ready_w)
+            if child.part.urgent:
+                child.start(self._ready_w)
         while not self._stopping:
             self._wait()
             failed = self._reap()
@@ -106,6 +111,9 @@ class Supervisor:
                 if all(child.ready for child in self._children):
                     self._announced = True
                     self._on_ready()
+                    for child in self._children:
+                        if not child.part.urgent:
+                            child.start(self._ready_w)
             self._restart_due()
         self._stop()
         return 0
@@ -128,8 +136,8 @@ class Supervisor:
             code = child.process.poll() if child.process else None
             if code is not None and not self._stopping:
                 ended = True
-                if self._announced:
-                    _log.error("part ended, restarting it", name=child.part.name, exit_code=code)
+                event = "part ended, restarting it" if self._announced else "part ended before it was ready, giving up"
+                _log.error(event, name=child.part.name, exit_code=code)
                 child.plan_restart()
         return ended
 
@@ -224,7 +232,7 @@ def redis_command(data: Path, socket_path: Path) -> list[str]:
         "appendfsync": "everysec",
         "save": "",
         "daemonize": "no",
-        "loglevel": "warning",
+        "logfile": str(folder / "redis.log"),
         "maxmemory-policy": "noeviction",
     }
     return [str(server), *(word for key, value in options.items() for word in (f"--{key}", value))]

@@ -189,19 +189,27 @@ class Server:
         self.limits = limits
         self.connections: set[Connection] = set()
         self.closing = False
+        self._empty = asyncio.Event()
 
     def __call__(self) -> "Connection":
         """A protocol for a new connection: the factory that ``create_server`` wants."""
         return Connection(self)
+
+    def forget(self, connection: "Connection") -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        if self.closing and not self.connections:
+            self._empty.set()
 
     async def shut_down(self, grace_s: float) -> None:
         """Close idle connections, give the others ``grace_s`` seconds, then cut them off."""
         self.closing = True
         for connection in list(self.connections):
             connection.close_if_idle()
-        deadline = time() + grace_s
-        while self.connections and time() < deadline:
-            await asyncio.sleep(0.02)
+        if self.connections:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self._empty.wait()
         tasks = [connection.task for connection in self.connections if connection.task]
         for connection in list(self.connections):
             connection.abort()
@@ -245,7 +253,7 @@ class Connection(asyncio.Protocol):
         self._set_deadline(self._limits.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
+        self._server.forget(self)
         if self._timer is not None:
             self._timer.cancel()
         if self._body is not None:

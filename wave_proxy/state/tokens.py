@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from secrets import token_hex
 from time import time
-from typing import cast
+from typing import Any, cast
 
 import orjson
 
@@ -115,7 +115,7 @@ class TokenStore:
         """Remember from which upstream manifest (value) each digest (key) was made."""
         with translated():
             async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(_made_key(token), mapping={**made})
+                pipe.hset(_made_key(token), mapping=dict[Any, Any](made))
                 pipe.expire(_made_key(token), max(int(lifetime_s), 1))
                 await pipe.execute()
 

@@ -101,13 +101,8 @@ class BearerTokens:
         fetch = self._fetches.get(key)
         if fetch is None:
             fetch = self._fetches[key] = asyncio.create_task(self._fetch(key, login, endpoint))
-            fetch.add_done_callback(lambda done: self._fetched(key, done))
+            fetch.add_done_callback(lambda _: self._fetches.pop(key))
         return await asyncio.shield(fetch)
-
-    def _fetched(self, key: _Key, fetch: "asyncio.Task[str]") -> None:
-        del self._fetches[key]
-        if not fetch.cancelled():
-            fetch.exception()  # everybody who waited may be gone: nobody else takes note of it
 
     async def _fetch(self, key: _Key, login: Login | None, endpoint: Endpoint) -> str:
         realm = parse_url(key.realm)

@@ -321,7 +321,7 @@ class Egress:
             return
         connection.protocol.read_timeout = self._idle_timeout_s
         # While we don't read, it is not the peer who pauses; aiohttp starts the clock when reading goes on.
-        if isinstance(connection.transport, asyncio.ReadTransport) and connection.transport.is_reading():
+        if connection.transport is not None and connection.transport.is_reading():
             connection.protocol.start_timeout()
 
     def _translate(self, err: Exception, host: str, endpoint: Endpoint | None) -> WaveError:
