@@ -79,6 +79,7 @@ async def _serve(settings: Settings, path: Path) -> None:
 async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     if not settings.redis_url.get_secret_value():
         raise ConfigInvalid("redis_url: the api needs a Redis to talk to; `wave-proxy serve` brings its own")
+    accounts = Accounts({user: text.get_secret_value() for user, text in settings.accounts.items()})
     redis = connect(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
@@ -95,7 +96,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     containers = Containers(
         TokenStore(redis, settings.tokens.retention),
         registry,
-        Accounts({user: text.get_secret_value() for user, text in settings.accounts.items()}),
+        accounts,
         _open_hosts(endpoints),
         authority=urlsplit(settings.public_url).netloc,
         lifetime_s=settings.tokens.lifetime,

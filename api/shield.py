@@ -1,5 +1,6 @@
 """What surrounds every answer: security headers, no crawlers, and an answer where something unforeseen happens."""
 
+from re import compile as compile_pattern
 from secrets import token_hex
 
 import structlog
@@ -35,6 +36,8 @@ CRAWLERS = (
     "ahrefsbot",
 )
 
+_TOKEN = compile_pattern(r"[0-9a-f]{12,}")
+
 
 class Shield:
     """ASGI middleware around the whole application."""
@@ -64,7 +67,8 @@ class Shield:
             pass
         except Exception as err:
             error_id = token_hex(6)
-            structlog.get_logger().exception("request failed", path=scope["path"], error_id=error_id, exc_info=err)
+            path = _TOKEN.sub("…", scope["path"])
+            structlog.get_logger().error("request failed", path=path, error_id=error_id, exc_info=err)
             if started:
                 raise
             reply = json_reply({"message": f"Unexpected error - Error ID: {error_id}"}, 500)

@@ -169,7 +169,7 @@ def split_image(target_image: str) -> tuple[str, str]:
 
 
 class WaveProxy:
-    """``python -m wave_proxy serve`` as a child in a session of its own; a context manager that ends all of it.
+    """``python -m wave_proxy serve`` as a child; a context manager that ends it with all of its processes.
 
     ``config`` is TOML; ``upstreams`` are addresses that it may reach over plain http on loopback.
     """
@@ -198,6 +198,7 @@ class WaveProxy:
         self._reader: Thread | None = None
         self._lines: list[str] = []
         self._ready = Event()
+        self._stderr_pipe = 0, 0  # device and inode
 
     @property
     def address(self) -> str:
@@ -216,7 +217,7 @@ class WaveProxy:
 
     @property
     def pid(self) -> int:
-        """The process that was started, which is also the id of the session."""
+        """The process that was started: the parent of the others."""
         assert self._process is not None, "not started"
         return self._process.pid
 
@@ -235,6 +236,9 @@ class WaveProxy:
             cwd=ROOT,
             start_new_session=True,
         )
+        assert self._process.stderr is not None
+        status = os.fstat(self._process.stderr.fileno())
+        self._stderr_pipe = status.st_dev, status.st_ino
         self._reader = Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         if not self._ready.wait(START_TIMEOUT_S) or not self.is_ready:
@@ -268,14 +272,17 @@ class WaveProxy:
         return code
 
     def kill(self) -> None:
-        """SIGKILL for every process of the session, as when the machine loses power."""
+        """SIGKILL for every process of it, as when the machine loses power."""
         assert self._process is not None, "not started"
-        self._process.kill()
+        # Stopped first, so that it can't replace the others; ending first, it would have them end in good order.
+        self._process.send_signal(signal.SIGSTOP)
+        for pid in self.processes():
+            _signal(pid, signal.SIGKILL)
         self._process.wait()
         self._finish()
 
     def _finish(self) -> dict[int, str]:
-        """End what is left of the session, and return it."""
+        """End what is left of it, and return that."""
         assert self._process is not None
         assert self._reader is not None
         # A process that was left behind holds the pipe open: the reader would wait for it.
@@ -306,30 +313,32 @@ class WaveProxy:
     # --- its processes -----------------------------------------------------------------------------------------------
 
     def processes(self) -> dict[int, str]:
-        """Process id to title (command line) for every living process of the session."""
+        """Process id to command line for every living process of it: those that hold its standard error."""
         found = {}
-        for folder in Path("/proc").iterdir():
+        for folder in Path("/proc").glob("[0-9]*"):
             try:
-                after_name = (folder / "stat").read_text().rpartition(")")[2].split()
-                state, session = after_name[0], int(after_name[3])
-                if session == self.pid and state not in "ZX":
+                status = (folder / "fd" / "2").stat()
+                if (status.st_dev, status.st_ino) == self._stderr_pipe:
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            except (OSError, IndexError):
-                continue  # no process, or one that just ended
+            except OSError:
+                continue  # it just ended
         return found
 
-    def pids(self, word: str) -> list[int]:
-        """Its processes (but for the first) whose title has that word, oldest first."""
-        pattern = re.compile(rf"\b{re.escape(word)}\b")
-        return sorted(pid for pid, title in self.processes().items() if pid != self.pid and pattern.search(title))
+    def _pids(self, pattern: str) -> list[int]:
+        return sorted(pid for pid, title in self.processes().items() if re.search(pattern, title))
 
     def workers(self) -> list[int]:
         """The processes that answer on the port."""
-        return self.pids("worker")
+        return self._pids(r"^wave-proxy: proxy-\d")
 
     def api_pid(self) -> int:
         """The process of the REST API."""
-        (pid,) = self.pids("api")
+        (pid,) = self._pids(r" -m api\b|^wave-proxy: api")
+        return pid
+
+    def redis_pid(self) -> int:
+        """The process of the embedded Redis."""
+        (pid,) = self._pids("^[^ ]*redis-server")
         return pid
 
     # --- speaking to it ----------------------------------------------------------------------------------------------

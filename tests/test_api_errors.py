@@ -1,6 +1,7 @@
 """What goes wrong over the wire, and what surrounds every answer."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -8,7 +9,15 @@ from socket import create_connection
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message
+from structlog.testing import capture_logs
 
+from api.shield import Shield
 from bench.images import image, layer
 from bench.upstream import Faults, Upstream
 from tests.api_server import ApiServer
@@ -192,6 +201,36 @@ def test_no_redis(tmp_path: Path, upstream: Callable[..., Upstream]) -> None:
         health = api.request("GET", "/health")
         assert (health.status, health.json()["status"]) == (503, "DOWN")
         assert api.request("GET", "/service-info").status == 200
+
+
+# --- what nobody foresaw ---------------------------------------------------------------------------------------------
+
+
+async def _fail(_: Request) -> Response:
+    raise RuntimeError("hunter2")
+
+
+async def test_a_bug_is_answered_and_logged_without_secrets() -> None:
+    app = Starlette(routes=[Route("/token/{token}", _fail)], middleware=[Middleware(Shield)])
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    path = f"/token/{'a1' * 16}"
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+    with capture_logs() as logs:
+        await app(scope, receive, send)
+    start, body = sent
+    assert start["status"] == 500
+    assert (b"x-frame-options", b"DENY") in start["headers"]
+    message = json.loads(body["body"])["message"]
+    assert re.fullmatch(r"Unexpected error - Error ID: [0-9a-f]{12}", message)
+    assert [(line["event"], line["path"]) for line in logs] == [("request failed", "/token/…")]
+    assert message.endswith(logs[0]["error_id"])
 
 
 # --- paths and headers -----------------------------------------------------------------------------------------------

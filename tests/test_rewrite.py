@@ -266,13 +266,12 @@ def test_layer_of_another_image_keeps_its_type(media_type: str) -> None:
     assert found["layers"][1]["mediaType"] == zstd
 
 
-def test_manifest_without_layers_gets_some() -> None:
+@pytest.mark.parametrize("layers", [{}, {"layers": None}, {"layers": []}])
+def test_manifest_without_layers_gets_some(layers: dict[str, Any]) -> None:
     config = {"mediaType": OCI_CONFIG, "digest": "sha256:" + "00" * 32, "size": 1}
-    absent: dict[str, Any] = {}
-    for layers in (absent, {"layers": None}, {"layers": []}):
-        content = json.dumps({"config": config, **layers}).encode()
-        found = json.loads(rewrite_manifest(content, OCI_MANIFEST, NEW, (ONE,)))
-        assert [layer["digest"] for layer in found["layers"]] == [ONE.gzip_digest]
+    content = json.dumps({"config": config, **layers}).encode()
+    found = json.loads(rewrite_manifest(content, OCI_MANIFEST, NEW, (ONE,)))
+    assert [layer["digest"] for layer in found["layers"]] == [ONE.gzip_digest]
 
 
 def test_manifest_with_new_settings_only() -> None:

@@ -30,6 +30,7 @@ from bench.images import (
 from bench.upstream import Faults, Upstream
 from tests.servers import (
     Response,
+    WaveProxy,
     distribution,
     has_distribution,
     http_request,
@@ -420,6 +421,35 @@ def test_pull_refuses_wrong_content(hello: Upstream) -> None:
     hello.faults.corrupt_last_byte, hello.faults.extra_bytes = False, 1
     with pytest.raises(AssertionError, match=f"not {LAYER.size}"):
         pull(hello.address, "lib/hello", "latest")
+
+
+def test_wave_proxy_serves_an_image(hello: Upstream, wave: Callable[..., WaveProxy]) -> None:
+    proxy = wave(upstreams=[hello.address], workers=2)
+    pulled = proxy.pull(proxy.submit(containerImage=f"{hello.address}/lib/hello:latest")["targetImage"])
+    assert (pulled.manifest, pulled.layers) == (IMAGE.manifest, (LAYER.content,))
+    assert len(proxy.workers()) == 2
+    assert {proxy.pid, proxy.api_pid(), proxy.redis_pid(), *proxy.workers()} <= set(proxy.processes())
+
+
+def test_wave_proxy_ends_whole_and_starts_again(tmp_path: Path) -> None:
+    proxy = WaveProxy(tmp_path / "data")
+    ends: list[tuple[Callable[[], object], int | None]] = [(proxy.kill, None), (proxy.stop, 0)]
+    for end, code in ends:
+        proxy.start()
+        assert proxy.request("GET", "/v2/").status == 200
+        assert len(proxy.processes()) >= 4
+        assert end() == code
+        assert proxy.processes() == {}
+        with pytest.raises(ConnectionRefusedError):
+            proxy.request("GET", "/v2/")
+    with pytest.raises(AssertionError, match="not started"):
+        proxy.stop()
+
+
+def test_wave_proxy_that_does_not_start_says_why(tmp_path: Path) -> None:
+    proxy = WaveProxy(tmp_path / "data", config="no_such_setting = 1")
+    with pytest.raises(AssertionError, match=r"(?s)did not become ready.*no_such_setting"):
+        proxy.start()
 
 
 def test_redis_server_answers(tmp_path: Path, redis_url: str) -> None:

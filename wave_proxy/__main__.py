@@ -181,16 +181,28 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
         lock = claim_folder(settings.data) if "api" in parts else None
         if settings.tls_cert:
             _tls_context(settings)
+        if url := settings.redis_url.get_secret_value():
+            asyncio.run(_check_redis(url))
         overrides["port"] = claim_port(settings.host, settings.port)
         settings = _load(config, overrides)
         chosen = _parts(settings, config, overrides, parts)
-    except StartFailed as err:
+    except (StartFailed, StateUnavailable) as err:
         return fail(str(err))
     try:
         return Supervisor(chosen, lambda: _announce(settings), settings.shutdown_grace).run()
     finally:
         if lock is not None:
             lock.close()
+
+
+async def _check_redis(url: str) -> None:
+    from wave_proxy.state.redis import connect, wait_until_up
+
+    redis = connect(url)
+    try:
+        await wait_until_up(redis)
+    finally:
+        await redis.aclose()
 
 
 def _announce(settings: Settings) -> None:

@@ -9,9 +9,12 @@ import structlog
 def configure(format: str, level: str, part: str) -> None:  # noqa: A002
     """Set up logging for this process. ``format`` is auto, console or json; ``part`` names the process in each line."""
     console = format == "console" or (format == "auto" and sys.stderr.isatty())
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
-    )
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if console:
+        # The default formatter prints local variables where `rich` is installed, and those hold passwords.
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -1,4 +1,4 @@
-# cython: boundscheck=False, wraparound=False
+# cython: boundscheck=False, wraparound=False, auto_pickle=False, autotestdict=False
 """Streaming digest verification: see digest.pyi."""
 
 cimport cython

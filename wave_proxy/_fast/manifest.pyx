@@ -1,4 +1,4 @@
-# cython: boundscheck=False, wraparound=False
+# cython: boundscheck=False, wraparound=False, auto_pickle=False, autotestdict=False
 """Edits of JSON text in place, byte for byte elsewhere: see manifest.pyi.
 
 Offsets into the document, never pointers, cross function borders; every read is guarded by the document's length.

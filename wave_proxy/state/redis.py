@@ -17,7 +17,7 @@ from wave_proxy.errors import StateUnavailable
 __all__ = ["Redis", "check", "connect", "translated", "wait_until_up"]
 
 TIMEOUT_S = 5.0
-_START_S = 10.0
+_START_S = 5.0
 
 
 def connect(url: str) -> Redis:
@@ -51,7 +51,7 @@ async def check(client: Redis) -> None:
 
 
 async def wait_until_up(client: Redis) -> None:
-    """Return when Redis answers, which one that was started just now does soon. Raises StateUnavailable after 10 s."""
+    """Return when Redis answers, which one that was started just now does soon. Raises StateUnavailable after 5 s."""
     deadline = monotonic() + _START_S
     while True:
         try:

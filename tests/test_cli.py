@@ -1,0 +1,181 @@
+"""The command line: what each command prints, and one clear line with a non-zero exit code for what can't work."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.servers import WaveProxy, free_port
+from wave_proxy import __version__
+
+Wave = Callable[..., WaveProxy]
+
+
+def run(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wave_proxy", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """Standard error, when it is one line that says who speaks."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("wave-proxy: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_version() -> None:
+    assert run("version").stdout == f"wave-proxy {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "proxy", "api", "builder", "config", "version"])
+def test_every_command_explains_itself(command: str) -> None:
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "Usage:" in result.stdout
+
+
+def test_config_prints_what_is_in_effect_and_hides_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "wave.toml"
+    file.write_text(
+        'port = 1234\n[registries."quay.io"]\nusername = "me"\npassword = "hidden-1"\n[accounts]\nadmin = "sha256:hidden-2"\n'
+    )
+    result = run("config", "--config", file, env={"WAVE_PORT": "4321", "WAVE_CACHE__TAG_TTL": "5m"})
+    shown = tomllib.loads(result.stdout)
+    assert result.returncode == 0
+    assert (shown["port"], shown["cache"]["tag_ttl"]) == (4321, 300)
+    assert shown["registries"]["quay.io"]["username"] == "me"
+    assert "hidden" not in result.stdout + result.stderr
+
+
+def test_what_config_prints_is_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "again.toml").write_text(run("config").stdout)
+    assert run("config", "--config", tmp_path / "again.toml").stdout == run("config").stdout
+
+
+@pytest.mark.parametrize(
+    ("toml", "environment", "expected"),
+    [
+        ("prot = 1", {}, ["prot: no such key"]),
+        ("port = 70000", {}, ["port", "65535", "70000"]),
+        ('[cache]\nmax_bytes = "lots"', {}, ["cache.max_bytes", "lots", "50GB"]),
+        ('[quota]\npull_anonymous = "100"', {}, ["quota.pull_anonymous", "<max>/<duration>"]),
+        ('[registries."not a host"]\n', {}, ["registries", "not a host"]),
+        ('[registries."quay.io"]\nendpoint = "quay.io"', {}, ["registries.quay.io.endpoint", "http://"]),
+        ("port = ", {}, ["bad.toml"]),
+        ("", {"WAVE_WORKERS": "many"}, ["workers", "many"]),
+        ('port = "x"\nworkers = "y"', {}, ["port", "workers"]),
+    ],
+    ids=["unknown-key", "port", "size", "quota", "host", "endpoint", "syntax", "environment", "all-at-once"],
+)
+def test_a_wrong_configuration_names_key_value_and_rule(
+    tmp_path: Path, toml: str, environment: dict[str, str], expected: list[str]
+) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(toml)
+    result = run("serve", "--config", file, "--data", tmp_path / "data", env=environment)
+    assert result.returncode == 2
+    line = one_line(result)
+    assert [word for word in expected if word not in line] == []
+
+
+def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
+    result = run("config", "--config", tmp_path / "none.toml")
+    assert result.returncode == 2
+    assert "none.toml does not exist" in one_line(result)
+
+
+def test_a_wrong_password_stays_out_of_the_message(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text('[registries."quay.io"]\npassword = 12345\n')
+    result = run("config", "--config", file)
+    assert result.returncode == 2
+    assert "registries.quay.io.password" in one_line(result)
+    assert "12345" not in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_taken_port_is_one_clear_line(tmp_path: Path, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("serve", "--host", host, "--port", str(port), "--data", tmp_path / "data")
+    assert result.returncode == 1
+    line = one_line(result)
+    assert f":{port}" in line
+    assert "in use" in line
+
+
+def test_a_port_taken_by_another_wave_proxy_is_noticed_too(tmp_path: Path, wave: Wave) -> None:
+    first = wave()
+    result = run("serve", "--port", str(first.port), "--data", tmp_path / "other")
+    assert result.returncode == 1
+    assert "can't listen" in one_line(result)
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("serve", "--port", "0", "--data", tmp_path / "file" / "data")
+    assert result.returncode == 1
+    assert "--data" in one_line(result)
+
+
+def test_a_data_folder_serves_one_program(tmp_path: Path, wave: Wave) -> None:
+    wave(data=tmp_path / "shared")
+    result = run("serve", "--port", "0", "--data", tmp_path / "shared")
+    assert result.returncode == 1
+    assert "in use by another wave-proxy" in one_line(result)
+
+
+def test_a_redis_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
+    result = run(
+        "serve", "--port", "0", "--data", tmp_path / "data", "--redis", f"redis://127.0.0.1:{free_port()}/0", "--workers", "1"
+    )
+    assert result.returncode == 1
+    assert "Redis" in one_line(result)
+
+
+@pytest.mark.parametrize("command", ["proxy", "api", "builder"])
+def test_a_part_alone_says_that_it_needs_a_redis(tmp_path: Path, command: str) -> None:
+    result = run(command, "--data", tmp_path / "data")
+    assert result.returncode == 1
+    assert "--redis" in one_line(result)
+
+
+def test_a_wrong_certificate_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").write_text("no certificate")
+    result = run(
+        "serve", "--port", "0", "--data", tmp_path / "data", "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "k"
+    )
+    assert result.returncode == 1
+    assert "tls_cert" in one_line(result)
+
+
+def test_sigterm_ends_it_cleanly(wave: Wave) -> None:
+    proxy = wave(workers=2)
+    children = set(proxy.processes())
+    assert proxy.stop() == 0
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_interrupt_ends_it_cleanly(wave: Wave) -> None:
+    proxy = wave()
+    os.kill(proxy.pid, signal.SIGINT)
+    assert proxy.stop() == 0
