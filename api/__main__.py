@@ -25,9 +25,9 @@ from api.locations import OpenHosts, address_of
 from wave_proxy.config import ConfigInvalid, Settings, load
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
+from wave_proxy.readiness import say_ready
 from wave_proxy.state.redis import check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.supervisor import say_ready
 from wave_proxy.upstream.egress import Egress, Endpoint
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints

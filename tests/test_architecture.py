@@ -27,16 +27,23 @@ MAY_IMPORT = {
     "serve": _CACHE,
     "config": {"errors", "image"},
     "logs": set[str](),
+    "readiness": set[str](),
     "supervisor": {"wave_proxy", "errors", "state"},
     "__main__": {*_CACHE, "serve", "config", "logs", "supervisor"},
+    "serve.__main__": {*_CACHE, "serve", "config", "logs", "readiness"},
     "api": _REMOTE,
-    "api.__main__": {*_REMOTE, "api", "config", "logs"},
+    "api.__main__": {*_REMOTE, "api", "config", "logs", "readiness"},
     "builder": _REMOTE,
     "builder.__main__": {*_REMOTE, "builder", "config", "logs"},
 }
 
 # Units that get by with the standard library and these packages.
-FEW_PACKAGES = {"errors": set[str](), "_fast": {"cython", "cpython", "libc"}, "logs": {"structlog"}}
+FEW_PACKAGES = {
+    "errors": set[str](),
+    "_fast": {"cython", "cpython", "libc"},
+    "logs": {"structlog"},
+    "readiness": set[str](),
+}
 
 # What it takes to open a connection or to speak to Redis, and the one module that may.
 _EGRESS = "wave_proxy.upstream.egress"
@@ -79,7 +86,9 @@ def unit_of(name: str) -> str | None:
     """The unit that a dotted name belongs to; None when it is not ours."""
     first, _, rest = name.partition(".")
     if first == "wave_proxy":
-        second = rest.partition(".")[0]
+        second, _, third = rest.partition(".")
+        if third == "__main__":
+            return f"{second}.__main__"
         return first if second in ("", "__version__") else second
     if first in ("api", "builder"):
         return f"{first}.__main__" if rest.partition(".")[0] == "__main__" else first

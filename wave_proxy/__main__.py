@@ -1,12 +1,7 @@
 """Command line and composition root: reads the settings, builds everything, hands it down."""
 
 import asyncio
-import gc
 import os
-import resource
-import signal
-import socket
-import ssl
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +11,7 @@ import typer
 from wave_proxy import __version__, logs
 from wave_proxy.config import ConfigInvalid, Settings, load, to_toml
 from wave_proxy.errors import StateUnavailable
+from wave_proxy.serve.tls import TlsInvalid, server_context
 from wave_proxy.supervisor import (
     Part,
     StartFailed,
@@ -25,7 +21,6 @@ from wave_proxy.supervisor import (
     fail,
     redis_command,
     runtime_folder,
-    say_ready,
 )
 
 cli = typer.Typer(
@@ -40,17 +35,17 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", envvar="WAVE_CONFIG_FILE", help="Settings in a TOML file.", metavar="FILE"),
 ]
-Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: all]", show_default=False)]
+Host = Annotated[str | None, typer.Option(help="Address to listen on. (default: all)", show_default=False)]
 Port = Annotated[
-    int | None, typer.Option(help="Port to listen on; 0 picks a free one.  [default: 9090]", show_default=False)
+    int | None, typer.Option(help="Port to listen on; 0 picks a free one. (default: 9090)", show_default=False)
 ]
 Data = Annotated[
-    Path | None, typer.Option(help="Data folder.  [default: ./wave-data]", show_default=False, metavar="DIR")
+    Path | None, typer.Option(help="Data folder. (default: ./wave-data)", show_default=False, metavar="DIR")
 ]
-Workers = Annotated[int | None, typer.Option(help="Proxy processes.  [default: one per core]", show_default=False)]
+Workers = Annotated[int | None, typer.Option(help="Proxy processes. (default: one per core)", show_default=False)]
 RedisUrl = Annotated[
     str | None,
-    typer.Option("--redis", help="Redis to use.  [default: an embedded one]", show_default=False, metavar="URL"),
+    typer.Option("--redis", help="Redis to use. (default: an embedded one)", show_default=False, metavar="URL"),
 ]
 TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", metavar="FILE")]
 TlsKey = Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.", metavar="FILE")]
@@ -121,19 +116,6 @@ def version() -> None:
     print(f"wave-proxy {__version__}")
 
 
-@cli.command(hidden=True)
-def worker(config: ConfigFile = None) -> None:
-    """One proxy process; the supervisor starts it."""
-    import uvloop
-
-    settings = _load(config, {})
-    logs.configure(settings.log.format, settings.log.level, os.environ.get("WAVE_PART", "proxy"))
-    try:
-        uvloop.run(_run_worker(settings))
-    except (StateUnavailable, OSError) as err:
-        raise typer.Exit(fail(str(err))) from None
-
-
 def main() -> None:
     """Entry point of ``wave-proxy`` and of ``python -m wave_proxy``."""
     cli()
@@ -180,13 +162,13 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
     try:
         lock = claim_folder(settings.data) if "api" in parts else None
         if settings.tls_cert:
-            _tls_context(settings)
+            server_context(settings.tls_cert, settings.tls_key)
         if url := settings.redis_url.get_secret_value():
             asyncio.run(_check_redis(url))
         overrides["port"] = claim_port(settings.host, settings.port)
         settings = _load(config, overrides)
         chosen = _parts(settings, config, overrides, parts)
-    except (StartFailed, StateUnavailable) as err:
+    except (StartFailed, StateUnavailable, TlsInvalid) as err:
         return fail(str(err))
     try:
         return Supervisor(chosen, lambda: _announce(settings), settings.shutdown_grace).run()
@@ -223,7 +205,7 @@ def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], n
     environment["WAVE_API_SOCKET"] = str(sockets / "api.sock")
     python = [sys.executable, "-m"]
     commands = {
-        "proxy": [*python, "wave_proxy", "worker"],
+        "proxy": [*python, "wave_proxy.serve"],
         "api": [*python, "api", "--socket", str(sockets / "api.sock")],
         "builder": [*python, "builder"],
     }
@@ -232,132 +214,6 @@ def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], n
             label = f"proxy-{number}" if name == "proxy" else name
             parts.append(Part(label, commands[name], _STAGES[name], environment, urgent=name != "builder"))
     return parts
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert or "", settings.tls_key)
-    except OSError as err:
-        raise StartFailed(f"tls_cert {settings.tls_cert} with tls_key {settings.tls_key}: {err}") from None
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-# --- one worker ----------------------------------------------------------------------------------------------------
-
-
-async def _run_worker(settings: Settings) -> None:
-    from setproctitle import setproctitle
-
-    from wave_proxy.cache.blobs import BlobStore
-    from wave_proxy.cache.evict import Evictor
-    from wave_proxy.cache.fill import Fills
-    from wave_proxy.cache.grants import Grants
-    from wave_proxy.cache.manifests import ManifestStore
-    from wave_proxy.cache.repositories import Repositories
-    from wave_proxy.cache.tags import Tags
-    from wave_proxy.serve.app import App
-    from wave_proxy.serve.augment import Augmenter
-    from wave_proxy.serve.forward import Forwarder
-    from wave_proxy.serve.http import Limits, Server
-    from wave_proxy.serve.layers import Layers
-    from wave_proxy.serve.pull import Puller
-    from wave_proxy.serve.resolve import Resolver
-    from wave_proxy.state.redis import connect, wait_until_up
-    from wave_proxy.state.tokens import TokenStore
-    from wave_proxy.upstream.egress import Egress, unix_session
-    from wave_proxy.upstream.registry import Registry
-    from wave_proxy.upstream.tables import read_credentials, read_endpoints
-
-    setproctitle(f"wave-proxy: {os.environ.get('WAVE_PART', 'proxy')}")
-    _raise_file_limit()
-    redis = connect(settings.redis_url.get_secret_value())
-    await wait_until_up(redis)
-    tokens = TokenStore(redis, settings.tokens.retention)
-    egress = Egress(
-        read_endpoints(settings.registries),
-        connect_timeout_s=settings.upstream.connect_timeout,
-        response_timeout_s=settings.upstream.response_timeout,
-        idle_timeout_s=settings.upstream.idle_timeout,
-    )
-    registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
-    blobs = BlobStore(settings.data)
-    evictor = Evictor(settings.data, settings.cache.max_bytes)
-    repositories = Repositories(
-        registry,
-        Tags(settings.data, settings.cache.tag_ttl),
-        ManifestStore(settings.data),
-        blobs,
-        Fills(settings.data, blobs, evictor),
-        Grants(settings.data),
-    )
-    resolver = Resolver(tokens)
-    augmenter = Augmenter(repositories, tokens)
-    puller = Puller(resolver, repositories, augmenter, Layers(repositories, registry, blobs, tokens), registry, tokens)
-    forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"], limit=256))
-    server = Server(
-        App(puller, forwarder, settings.log.requests),
-        Limits(
-            header_timeout_s=settings.http.header_timeout,
-            idle_timeout_s=settings.http.idle_timeout,
-            write_timeout_s=settings.http.write_timeout,
-            max_header_bytes=settings.http.max_header_bytes,
-            max_body_bytes=settings.http.max_body_bytes,
-        ),
-    )
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    tls = _tls_context(settings) if settings.tls_cert else None
-    listeners = [
-        await loop.create_server(server, sock=sock, ssl=tls, backlog=4096)
-        for sock in _listening_sockets(settings.host, settings.port)
-    ]
-    async with asyncio.TaskGroup() as background:
-        tasks = [background.create_task(resolver.follow_deletions()), background.create_task(evictor.run())]
-        gc.freeze()
-        say_ready()
-        await stop.wait()
-        for listener in listeners:
-            listener.close()
-        await server.shut_down(settings.shutdown_grace)
-        for task in tasks:
-            task.cancel()
-    await augmenter.close()
-    await repositories.close()
-    await forwarder.close()
-    await registry.close()
-    await egress.close()
-    await redis.aclose()
-
-
-def _listening_sockets(host: str, port: int) -> list[socket.socket]:
-    """One socket an address, each shared with the other workers by the kernel."""
-    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = []
-    for family, kind, protocol, _, address in infos:
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            sock.bind(address)
-        except OSError:
-            sock.close()
-            if family == socket.AF_INET6 and not host:
-                continue  # a kernel without IPv6
-            raise
-        sock.setblocking(False)
-        sockets.append(sock)
-    return sockets
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -169,14 +169,6 @@ def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def say_ready() -> None:
-    """Tell the supervisor, when there is one, that this process now answers."""
-    fd, name = os.environ.get("WAVE_READY_FD"), os.environ.get("WAVE_PART")
-    if fd is not None and name is not None:
-        os.write(int(fd), f"{name}\n".encode())
-        os.close(int(fd))
-
-
 def claim_folder(data: Path) -> IO[str]:
     """Create the data folder if need be, and lock it for this process. Raises StartFailed."""
     try:

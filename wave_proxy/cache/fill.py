@@ -54,20 +54,24 @@ class Fill:
         self._readable = 0
         self.fd = -1
         self._started = False
+        self._opening = 0
+        self._ended = False
         self._error: WaveError | None = None
         self._waiters: set[asyncio.Future[None]] = set()
 
-    async def started(self) -> None:
-        """Return when upstream has begun to answer (``size`` is then known, unless upstream does not tell it).
+    async def open(self) -> "FillReader":
+        """A source that reads along, once upstream has begun to answer.
 
-        Raises the error that ended the fill.
+        ``size`` is then known, unless upstream does not tell it. Raises the error that ended the fill.
         """
-        while not self._started:
-            await self._changed()
-
-    def reader(self) -> "FillReader":
-        """A source that reads along; only after ``started``."""
-        return FillReader(self, os.dup(self.fd))
+        self._opening += 1
+        try:
+            while not self._started:
+                await self._changed()
+            return FillReader(self, os.dup(self.fd))
+        finally:
+            self._opening -= 1
+            self._detach_if_unused()
 
     def readable(self) -> int:
         """Bytes from the start that may be sent."""
@@ -96,11 +100,16 @@ class Fill:
     # What follows is for Fills alone.
 
     def attach(self, fd: int) -> None:
-        self.detach()
+        if self.fd >= 0:
+            os.close(self.fd)
         self.fd = fd
 
-    def detach(self) -> None:
-        if self.fd >= 0:
+    def end(self) -> None:
+        self._ended = True
+        self._detach_if_unused()
+
+    def _detach_if_unused(self) -> None:
+        if self._ended and not self._opening and self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
@@ -214,7 +223,7 @@ class Fills:
             fill.fail(UpstreamError(f"could not fetch {fill.digest}: {err}"))
         finally:
             del self._fills[fill.digest]
-            fill.detach()
+            fill.end()
 
     async def _lead_or_follow(self, fill: Fill, opener: Opener) -> None:
         stored = self._store.find(fill.digest)  # another process may have finished it
@@ -299,7 +308,8 @@ class _Lead:
         while not self._verifier.size or self._verifier.size != self._fill.size:
             before = self._verifier.size
             try:
-                return await self._transfer(opener)
+                await self._transfer(opener)
+                break
             except (UpstreamUnavailable, UpstreamTimeout) as err:
                 failures = 0 if self._verifier.size > before else failures + 1
                 if not self._verifier.size or failures >= _ATTEMPTS:

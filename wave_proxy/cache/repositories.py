@@ -117,11 +117,11 @@ class Repositories:
         under_way = digest in self._fills
         fill = self._fills.join(digest, opener, size)
         try:
-            await fill.started()
+            reader = await fill.open()
         except StorageFull:
             through = PassThrough(digest, opener(0, size))
             return OpenBlob(await through.open(), "MISS", stream=through)
-        return OpenBlob(fill.size, "FILL" if under_way else "MISS", fill.reader())
+        return OpenBlob(fill.size, "FILL" if under_way else "MISS", reader)
 
     async def read_config(self, registry: str, repository: str, digest: str, size: int) -> bytes:
         """The whole content of an image's config. Raises as ``open_blob``; UpstreamError when it is too large."""

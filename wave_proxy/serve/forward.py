@@ -6,6 +6,7 @@ import aiohttp
 
 from wave_proxy.errors import UpstreamUnavailable
 from wave_proxy.serve.http import Reply, Request
+from wave_proxy.upstream.egress import Session
 
 # RFC 9110 §7.6.1: these are between two neighbours, and we are one.
 _HOP_BY_HOP = frozenset(
@@ -17,7 +18,7 @@ _CLIENT_HEADER = "x-wave-client"
 class Forwarder:
     """Hands requests on, with the client's address in ``X-Wave-Client``, which no client can set itself."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
 
     async def answer(self, request: Request) -> Reply:

@@ -172,7 +172,10 @@ def retry_after_s(value: str, now: float) -> int | None:
     return min(max(ceil(wait_s), 1), _MAX_RETRY_AFTER_S)
 
 
-def unix_session(path: str, limit: int) -> aiohttp.ClientSession:
+Session = aiohttp.ClientSession
+
+
+def unix_session(path: str, limit: int) -> Session:
     """A session with a server on a Unix socket, at most ``limit`` connections; bodies and headers stay as they are."""
     return aiohttp.ClientSession(
         connector=aiohttp.UnixConnector(path=path, limit=limit),

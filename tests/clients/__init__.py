@@ -1,0 +1,1 @@
+"""Unmodified container clients pull through the running program."""

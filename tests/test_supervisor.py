@@ -1,0 +1,106 @@
+"""What dies is restarted; what is killed in the middle of a pull leaves nothing wrong behind."""
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+from bench.images import Image, image, layer, random_blob
+from bench.upstream import Faults, Upstream
+from tests.servers import PulledImage, WaveProxy
+
+Wave = Callable[..., WaveProxy]
+Registry = Callable[..., Upstream]
+
+
+def big_image(megabytes: int) -> Image:
+    return image([layer({"big.bin": random_blob(megabytes << 20, seed=7)}, compression="none")], env=("A=1",))
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = monotonic() + seconds
+    while not what():
+        assert monotonic() < deadline, "did not happen in time"
+        sleep(0.02)
+
+
+def patiently(pull: Callable[[], PulledImage], seconds: float = 20) -> PulledImage:
+    """What a client with retries sees: errors while a part is away, then the image."""
+    deadline = monotonic() + seconds
+    while True:
+        try:
+            return pull()
+        except (OSError, HTTPException, AssertionError):
+            if monotonic() > deadline:
+                raise
+            sleep(0.05)
+
+
+def part(proxy: WaveProxy, name: str) -> int:
+    return {"worker": lambda: proxy.workers()[0], "api": proxy.api_pid, "redis": proxy.redis_pid}[name]()
+
+
+@pytest.mark.parametrize("name", ["worker", "api", "redis"])
+def test_a_part_that_is_killed_is_restarted_and_nothing_is_forgotten(name: str, upstream: Registry, wave: Wave) -> None:
+    registry = upstream()
+    registry.add("lib/app", big_image(1), "v1")
+    proxy = wave(upstreams=[registry.address])
+    before = proxy.submit(containerImage=f"{registry.address}/lib/app:v1", containerConfig={"env": ["B=2"]})
+    first = proxy.pull(before["targetImage"])
+    killed = part(proxy, name)
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: "restarting" in proxy.stderr)
+    again = patiently(lambda: proxy.pull(before["targetImage"]))
+    assert again.digest == first.digest
+    wait_for(lambda: proxy.request("GET", "/health").status == 200)
+    assert part(proxy, name) != killed
+    after = proxy.submit(containerImage=f"{registry.address}/lib/app:v1")
+    assert len(proxy.pull(after["targetImage"]).layers) == 1
+
+
+@pytest.mark.parametrize("name", ["worker", "api", "redis"])
+def test_a_part_killed_in_the_middle_of_a_cold_pull(name: str, upstream: Registry, wave: Wave, tmp_path: Path) -> None:
+    original = big_image(24)
+    registry = upstream(faults=Faults(chunk_bytes=1 << 18, delay_s=0.01))
+    registry.add("lib/app", original, "v1")
+    proxy = wave(upstreams=[registry.address], workers=2, data=tmp_path / "data")
+    target = proxy.submit(containerImage=f"{registry.address}/lib/app:v1")["targetImage"]
+    with ThreadPoolExecutor(8) as clients:
+        pulls = [clients.submit(patiently, lambda: proxy.pull(target), 60) for _ in range(8)]
+        spool = tmp_path / "data" / "spool"
+        wait_for(lambda: any(file.stat().st_size > 1 << 20 for file in spool.glob("sha256-*")))
+        os.kill(part(proxy, name), signal.SIGKILL)
+        pulled = [pull.result() for pull in pulls]
+    assert {image.layers for image in pulled} == {(original.blobs[1].content,)}
+    assert list(spool.iterdir()) == []
+
+
+def test_a_supervisor_that_is_killed_takes_its_parts_along(wave: Wave) -> None:
+    proxy = wave()
+    children = [pid for pid in proxy.processes() if pid != proxy.pid]
+    assert len(children) >= 3
+    os.kill(proxy.pid, signal.SIGKILL)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    proxy.kill()
+
+
+def test_what_was_recorded_survives_a_restart_of_everything(upstream: Registry, wave: Wave, tmp_path: Path) -> None:
+    registry = upstream()
+    registry.add("lib/app", big_image(1), "v1")
+    proxy = wave(upstreams=[registry.address], data=tmp_path / "data")
+    inline = layer({"etc/added": "kept"})
+    answer = proxy.submit(
+        containerImage=f"{registry.address}/lib/app:v1", containerConfig={"layers": [inline.inline()]}
+    )
+    first = proxy.pull(answer["targetImage"])
+    proxy.kill()
+    proxy.start()
+    target = answer["targetImage"].split("/", 1)[1]
+    again = proxy.pull(f"{proxy.address}/{target}")
+    assert again.digest == first.digest
+    assert registry.fetches(big_image(1).blobs[1].digest) == 1

@@ -1,0 +1,157 @@
+"""Composition root of one proxy process, ``python -m wave_proxy.serve``: builds the pull path and serves the port.
+
+The supervisor starts it, with the settings in the environment as every part gets them: ``WAVE_CONFIG_FILE`` names the
+TOML file, ``WAVE_API_SOCKET`` the api's Unix socket.
+"""
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvloop
+from setproctitle import setproctitle
+
+from wave_proxy import logs
+from wave_proxy.cache.blobs import BlobStore
+from wave_proxy.cache.evict import Evictor
+from wave_proxy.cache.fill import Fills
+from wave_proxy.cache.grants import Grants
+from wave_proxy.cache.manifests import ManifestStore
+from wave_proxy.cache.repositories import Repositories
+from wave_proxy.cache.tags import Tags
+from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.errors import StateUnavailable
+from wave_proxy.readiness import say_ready
+from wave_proxy.serve.app import App
+from wave_proxy.serve.augment import Augmenter
+from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.http import Limits, Server
+from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.resolve import Resolver
+from wave_proxy.serve.tls import server_context
+from wave_proxy.state.redis import connect, wait_until_up
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.egress import Egress, unix_session
+from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.tables import read_credentials, read_endpoints
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    config_file = os.environ.get("WAVE_CONFIG_FILE")
+    try:
+        settings = load(Path(config_file) if config_file else None, {})
+        logs.configure(settings.log.format, settings.log.level, os.environ.get("WAVE_PART", "proxy"))
+        uvloop.run(_run(settings))
+    except (ConfigInvalid, StateUnavailable, OSError) as err:
+        sys.exit(f"wave-proxy: {err}")
+
+
+async def _run(settings: Settings) -> None:
+    setproctitle(f"wave-proxy: {os.environ.get('WAVE_PART', 'proxy')}")
+    _raise_file_limit()
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    tls = server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as background:
+        handler = await _compose(settings, stack, background)
+        server = Server(handler, _limits(settings))
+        listeners = [
+            await loop.create_server(server, sock=sock, ssl=tls, backlog=4096)
+            for sock in _listening_sockets(settings.host, settings.port)
+        ]
+        gc.freeze()  # what was built so far lives as long as the process: no collection has to look at it
+        say_ready()
+        await stop.wait()
+        for listener in listeners:
+            listener.close()
+        await server.shut_down(settings.shutdown_grace)
+        await stack.aclose()
+
+
+async def _compose(settings: Settings, stack: AsyncExitStack, background: asyncio.TaskGroup) -> App:
+    """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
+    redis = connect(settings.redis_url.get_secret_value())
+    stack.push_async_callback(redis.aclose)
+    await wait_until_up(redis)
+    tokens = TokenStore(redis, settings.tokens.retention)
+    egress = Egress(
+        read_endpoints(settings.registries),
+        connect_timeout_s=settings.upstream.connect_timeout,
+        response_timeout_s=settings.upstream.response_timeout,
+        idle_timeout_s=settings.upstream.idle_timeout,
+    )
+    stack.push_async_callback(egress.close)
+    registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
+    stack.push_async_callback(registry.close)
+    blobs = BlobStore(settings.data)
+    evictor = Evictor(settings.data, settings.cache.max_bytes)
+    repositories = Repositories(
+        registry,
+        Tags(settings.data, settings.cache.tag_ttl),
+        ManifestStore(settings.data),
+        blobs,
+        Fills(settings.data, blobs, evictor),
+        Grants(settings.data),
+    )
+    stack.push_async_callback(repositories.close)
+    augmenter = Augmenter(repositories, tokens)
+    stack.push_async_callback(augmenter.close)
+    resolver = Resolver(tokens)
+    layers = Layers(repositories, registry, blobs, tokens)
+    forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"], limit=256))
+    stack.push_async_callback(forwarder.close)
+    for coroutine in (resolver.follow_deletions(), evictor.run()):
+        task = background.create_task(coroutine)
+        stack.callback(task.cancel)
+    return App(Puller(resolver, repositories, augmenter, layers, registry, tokens), forwarder, settings.log.requests)
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        header_timeout_s=settings.http.header_timeout,
+        idle_timeout_s=settings.http.idle_timeout,
+        write_timeout_s=settings.http.write_timeout,
+        max_header_bytes=settings.http.max_header_bytes,
+        max_body_bytes=settings.http.max_body_bytes,
+    )
+
+
+def _listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """One socket an address, each shared with the other workers by the kernel."""
+    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = []
+    for family, kind, protocol, _, address in infos:
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            if family == socket.AF_INET6 and not host:
+                continue  # a kernel without IPv6
+            raise
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    main()
