@@ -22,6 +22,7 @@ from wave_proxy.errors import (
     BlobUnknown,
     ContentMismatch,
     Denied,
+    HostUnknown,
     ManifestUnknown,
     NameUnknown,
     RequestInvalid,
@@ -177,10 +178,10 @@ def _explained(image: Reference) -> Iterator[None]:
     unknown = f"Container image '{image}' does not exist or access is not authorized"
     try:
         yield
+    except (Denied, HostUnknown) as err:
+        raise RequestInvalid(f"{unknown} - Cause: {err}") from None
     except (ManifestUnknown, NameUnknown, BlobUnknown):
         raise RequestInvalid(unknown) from None
-    except Denied as err:
-        raise RequestInvalid(f"{unknown} - Cause: {err}") from None
     except (UpstreamUnavailable, UpstreamTimeout) as err:
         raise UpstreamUnavailable(f"Registry '{image.registry}' is not available, try again later: {err}") from err
 

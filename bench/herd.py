@@ -14,12 +14,12 @@ from multiprocessing.process import BaseProcess
 from platform import machine
 from time import monotonic
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import httptools
 import uvloop
 
-from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES, Platform, parse_platform
+from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES
 from wave_proxy.image.reference import Reference, parse_reference
 
 ANSWER_LIMIT_S = 120.0  # for one answer with its whole body
@@ -104,8 +104,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -239,13 +238,8 @@ def _told(err: BaseException) -> str:
 
 def _choose(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The entry of an index for this machine, else the first."""
-    here = parse_platform(f"linux/{machine()}")
-    return next((entry for entry in entries if _platform(entry) == here), entries[0])
-
-
-def _platform(entry: Mapping[str, Any]) -> Platform:
-    platform: Mapping[str, str] = entry.get("platform", {})
-    return Platform(platform.get("os", ""), platform.get("architecture", ""))
+    here = {"x86_64": "amd64", "aarch64": "arm64"}.get(machine(), machine())
+    return next((entry for entry in entries if entry.get("platform", {}).get("architecture") == here), entries[0])
 
 
 async def _find_address(registry: str) -> tuple[str, int]:
@@ -295,6 +289,7 @@ def _work(pipe: Pipe) -> None:
     """A child process: does what comes through the pipe until that is closed."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    pipe.send("ready")
     while True:
         try:
             kind, arguments = pipe.recv()
@@ -329,6 +324,8 @@ class Herd:
                 self._children.append((process, ours))
         finally:
             signal.signal(signal.SIGINT, before)
+        for _, pipe in self._children:
+            pipe.recv()  # the first pull shall not wait for imports
         return self
 
     def __exit__(

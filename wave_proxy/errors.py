@@ -10,6 +10,7 @@
     ├── Denied                   403  DENIED: upstream refused our credentials
     │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
     ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
+    │   └── HostUnknown          404  NAME_UNKNOWN: a registry's host that the name service does not know
     ├── ManifestUnknown          404  MANIFEST_UNKNOWN
     ├── BlobUnknown              404  BLOB_UNKNOWN
     ├── MethodNotAllowed         405  UNSUPPORTED
@@ -99,6 +100,10 @@ class NameUnknown(WaveError):
 
     status = 404
     code = "NAME_UNKNOWN"
+
+
+class HostUnknown(NameUnknown):
+    """A registry's host that the name service does not know: a slip of the pen, or no network."""
 
 
 class ManifestUnknown(WaveError):

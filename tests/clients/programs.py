@@ -32,6 +32,7 @@ def needs(name: str, package: str) -> pytest.MarkDecorator:
 def attempt(*command: str | Path, env: dict[str, str] | None = None) -> "CompletedProcess[str]":
     """Run a program to its end, whatever that is; registry settings of the user are not seen by it."""
     with TemporaryDirectory(prefix="home-") as home:
+        (Path(home) / "auth.json").write_text("{}")  # podman wants it to be there
         own = {"HOME": home, "DOCKER_CONFIG": home, "REGISTRY_AUTH_FILE": f"{home}/auth.json", "XDG_CONFIG_HOME": home}
         return run(
             [find(str(command[0])), *command[1:]],

@@ -15,7 +15,7 @@ import structlog
 
 from wave_proxy.cache.blobs import write_whole
 from wave_proxy.cache.flight import Flights
-from wave_proxy.errors import StorageFull, TooManyRequests, UpstreamError
+from wave_proxy.errors import HostUnknown, StorageFull, TooManyRequests, UpstreamError
 
 _log = structlog.get_logger()
 
@@ -55,7 +55,7 @@ class Tags:
     async def _ask(self, name: str, known: TagAnswer | None, ask: Callable[[], Awaitable[str]]) -> TagAnswer:
         try:
             answer = TagAnswer(await ask(), time())
-        except (UpstreamError, TooManyRequests) as err:
+        except (UpstreamError, HostUnknown, TooManyRequests) as err:
             if known is None:
                 raise
             _log.warning("upstream does not answer, serving what is known", name=name, error=str(err))

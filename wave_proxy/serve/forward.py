@@ -29,6 +29,8 @@ class Forwarder:
             if (name := key.decode("latin-1")) not in _HOP_BY_HOP and name != _CLIENT_HEADER
         ]
         headers.append((_CLIENT_HEADER, request.client))
+        if request.body.error is not None:
+            raise request.body.error
         has_body = not request.body.complete or request.body.received
         try:
             response = await self._session.request(
@@ -39,7 +41,9 @@ class Forwarder:
                 allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )
-        except aiohttp.ClientConnectionError as err:
+        except aiohttp.ClientError as err:
+            if request.body.error is not None:  # what ended the sending was not the api
+                raise request.body.error from None
             raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
         return _reply(response)
 

@@ -101,7 +101,7 @@ class Body:
         self._buffered = 0
         self._waiter: asyncio.Future[None] | None = None
         self._expects_continue = expects_continue
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.received = 0
         self.complete = False
 
@@ -121,7 +121,7 @@ class Body:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        self._error = self._error or error
+        self.error = self.error or error
         self._wake()
 
     def _wake(self) -> None:
@@ -133,17 +133,17 @@ class Body:
         if self._expects_continue and not self.received:
             self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
-            while self._chunks and self._error is None:
+            while self._chunks and self.error is None:
                 chunk = self._chunks.popleft()
                 self._buffered -= len(chunk)
                 yield chunk
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if self.complete:
                 return
             self._connection.resume_reading()
             self._waiter = asyncio.get_running_loop().create_future()
-            if not self._chunks and not self.complete and self._error is None:
+            if not self._chunks and not self.complete and self.error is None:
                 async with asyncio.timeout(self._timeout_s):
                     await self._waiter
 

@@ -20,6 +20,7 @@ from yarl import URL  # the type of URLs in aiohttp's API
 from wave_proxy import __version__
 from wave_proxy.errors import (
     AddressRefused,
+    HostUnknown,
     TooManyRequests,
     UpstreamError,
     UpstreamTimeout,
@@ -44,6 +45,8 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _PRINTABLE = compile_pattern(r"[!-~]*")
 _HOST = compile_pattern(r"[A-Za-z0-9._:-]+")
 _SECONDS = compile_pattern(r"-?[0-9]{1,9}")
+
+_NO_SUCH_HOST = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +338,8 @@ class Egress:
                 f"{host} is at a private or loopback address; where that is meant, set allow_private = true in {table}"
             )
         if isinstance(err, aiohttp.ClientConnectorDNSError):
+            if getattr(err.os_error, "errno", None) in _NO_SUCH_HOST:
+                return HostUnknown(f"the host {host} is not known: {reason}; check how it is spelled")
             return UpstreamUnavailable(f"{host} can't be resolved: {reason}")
         if isinstance(err, aiohttp.ClientSSLError):
             return UpstreamUnavailable(
