@@ -106,6 +106,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack, background: asynci
     augmenter = Augmenter(repositories, tokens)
     stack.push_async_callback(augmenter.close)
     resolver = Resolver(tokens)
+    stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens)
     forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"], limit=256))
     stack.push_async_callback(forwarder.close)

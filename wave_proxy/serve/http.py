@@ -20,7 +20,7 @@ from typing import cast
 import httptools
 import structlog
 
-from wave_proxy.errors import BodyTooLarge, WaveError
+from wave_proxy.errors import BodyTooLarge, RequestInvalid, WaveError
 
 _log = structlog.get_logger()
 
@@ -130,7 +130,7 @@ class Body:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes. Raises BodyTooLarge, ConnectionResetError when the client left, TimeoutError."""
-        if self._expects_continue and not self.received:
+        if self._expects_continue and not self.received and self.error is None:
             self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             while self._chunks and self.error is None:
@@ -233,6 +233,8 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._body: Body | None = None
+        self._framing = b""
+        self._reframing = False
         self._waiting: deque[Request] = deque()
         self.task: asyncio.Task[None] | None = None
         self._deadline = 0.0
@@ -264,6 +266,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._client_done = True
+        if self._body is not None:
+            self._body.fail(ConnectionResetError("the client ended its request early"))
         return self.task is not None and not self._secure  # keep the sending side open for the answers still due
 
     def pause_writing(self) -> None:
@@ -303,14 +307,17 @@ class Connection(asyncio.Protocol):
             self._timer = self._loop.call_later(min(seconds, self._limits.header_timeout_s / 2), self._ring)
 
     def _ring(self) -> None:
+        self._timer = None
         left = self._deadline - self._loop.time()
-        if self.task is not None and not self._lingering:
+        if self.task is not None:
             left = max(left, self._limits.idle_timeout_s)
         if left > 0:
             self._timer = self._loop.call_later(min(left, self._limits.header_timeout_s / 2), self._ring)
             return
         if self._head_bytes and not self._lingering:
             self._refuse(408, "the request's head did not arrive in time")
+        elif self._transport.is_closing() or self._transport.get_write_buffer_size():
+            self._transport.abort()  # it does not take what it asked for
         else:
             self._transport.close()
 
@@ -325,23 +332,34 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # We speak nothing else: the request counts as an ordinary one (RFC 9110 §7.8), what follows it as the next.
-            self._parser = httptools.HttpRequestParser(self)
-            rest = data[upgrade.args[0] :]
-            if rest:
-                self.data_received(rest)
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as err:
             self._refuse(400, f"not a request in HTTP/1.1: {err}")
         else:
             if self._body is None and self._head_bytes > self._limits.max_header_bytes:
                 self._refuse(431, f"the request's head is over {self._limits.max_header_bytes} bytes")
 
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        # We speak nothing else, so the request is an ordinary one (RFC 9110 §7.8). The parser has skipped its body: a
+        # fresh one reads that, behind a head which only says how it is framed.
+        self._parser = httptools.HttpRequestParser(self)
+        if self._body is not None:
+            self._reframing = True
+            self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % self._framing)
+            self._reframing = False
+        if rest:
+            self.data_received(rest)
+
     def _refuse(self, status: int, message: str) -> None:
-        body = Body(self, 0, 0, False)
-        request = Request("GET", "", [], body, self._client, False, False, malformed=f"{status} {message}")
         self._head_bytes = 0
         self._lingering = True
-        self._enqueue(request)
+        if self._body is None:
+            body = Body(self, 0, 0, False)
+            self._enqueue(Request("GET", "", [], body, self._client, False, False, malformed=f"{status} {message}"))
+            return
+        if self._waiting and self._waiting[-1].body is self._body:
+            self._waiting[-1].malformed = f"{status} {message}"
+        self._body.fail(RequestInvalid(message))
 
     def on_message_begin(self) -> None:
         self._target = b""
@@ -354,6 +372,8 @@ class Connection(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        if self._reframing:
+            return
         expects = any(key == b"expect" and value.lower() == b"100-continue" for key, value in self._headers)
         self._body = Body(self, self._limits.max_body_bytes, self._limits.idle_timeout_s, expects)
         request = Request(
@@ -365,23 +385,24 @@ class Connection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             http_1_0=self._parser.get_http_version() == "1.0",
         )
-        if self._announced_bytes() > self._limits.max_body_bytes:
-            self._body.fail(
-                BodyTooLarge(f"the request's body is over the limit of {self._limits.max_body_bytes} bytes")
-            )
-        self._enqueue(request)
-
-    def _announced_bytes(self) -> int:
+        self._framing = b""
         for key, value in self._headers:
-            if key == b"content-length":
-                return int(value)
-        return 0
+            if key in (b"content-length", b"transfer-encoding"):
+                self._framing = b"%b: %b" % (key, value)
+            if key == b"content-length" and int(value) > self._limits.max_body_bytes:
+                self._body.fail(
+                    BodyTooLarge(f"the request's body is over the limit of {self._limits.max_body_bytes} bytes")
+                )
+        self._headers = []  # trailers, which nobody asked for, are none of the request's headers
+        self._enqueue(request)
 
     def on_body(self, chunk: bytes) -> None:
         if self._body is not None:
             self._body.feed(chunk)
 
     def on_message_complete(self) -> None:
+        if self._framing and self._parser.should_upgrade():
+            return  # its body is yet to come, see _ignore_upgrade
         if self._body is not None:
             self._body.end()
         self._body = None
@@ -418,7 +439,7 @@ class Connection(asyncio.Protocol):
         finally:
             self.task = None
         self._set_deadline(LINGER_S if self._lingering else self._limits.idle_timeout_s)
-        if self._client_done:
+        if self._client_done or (self._server.closing and not self._lingering):
             self._transport.close()
 
     async def _answer(self, request: Request) -> bool:
@@ -437,14 +458,14 @@ class Connection(asyncio.Protocol):
                 await reply.body.aclose()
 
     async def _send(self, request: Request, reply: Reply) -> bool:
-        length = reply.content_length()
-        chunked = length is None and not request.http_1_0
+        bodiless = reply.status in _BODILESS
+        length = None if bodiless else reply.content_length()
+        chunked = length is None and not bodiless and not request.http_1_0
+        endless = length is None and not bodiless and not chunked
         unread = not request.body.complete and not request.malformed
-        close = (
-            reply.close or not request.keep_alive or unread or self._server.closing or (length is None and not chunked)
-        )
+        close = reply.close or not request.keep_alive or unread or self._server.closing or endless
         head = _head(reply, length, chunked=chunked, close=close, http_1_0=request.http_1_0)
-        if request.method == "HEAD" or reply.status in _BODILESS:
+        if request.method == "HEAD" or bodiless:
             self.write(head)
         else:
             await self._send_body(head, reply.body, chunked)
@@ -486,7 +507,7 @@ class Connection(asyncio.Protocol):
         offset = body.start
         while offset < body.end:
             chunk = b""
-            if ready := min(body.source.readable(), body.end) - offset:
+            if (ready := min(body.source.readable(), body.end) - offset) > 0:
                 chunk = os.pread(body.source.fd, min(ready, READ_BYTES), offset)
                 if not chunk:
                     raise ConnectionAbortedError("the blob's file is shorter than its size")

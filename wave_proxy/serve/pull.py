@@ -62,10 +62,8 @@ class Puller:
     # --- manifests ---------------------------------------------------------------------------------------------
 
     async def _manifest(self, route: Route, target: Target) -> Reply:
-        if route.is_digest:
-            manifest, state = await self._manifest_by_digest(target), "HIT"
-        else:
-            manifest, state = await self._manifest_by_tag(target)
+        find = self._manifest_by_digest if route.is_digest else self._manifest_by_tag
+        manifest, state = await find(target)
         headers = [
             ("Content-Type", manifest.media_type),
             ("Docker-Content-Digest", manifest.digest),
@@ -76,11 +74,11 @@ class Puller:
         return Reply(200, headers, manifest.content)
 
     async def _manifest_by_tag(self, target: Target) -> tuple[StoredManifest, CacheState]:
-        state: CacheState = "HIT"
-        source = target.reference
+        source, stale = target.reference, False
         if ":" not in source:  # a digest stands there for the tag that replaces it, see resolve
             answer = await self._repositories.find_tag(target.registry, target.repository, target.reference)
-            source, state = answer.digest, "STALE" if answer.stale else "HIT"
+            source, stale = answer.digest, answer.stale
+        state: CacheState = "STALE" if stale else self._known(target, source)
         if target.config:
             made = await self._augmenter.augment(target, source)
             manifest = made.contents[made.digest]
@@ -89,18 +87,22 @@ class Puller:
         await self._record(target, source, manifest.digest)
         return manifest, state
 
-    async def _manifest_by_digest(self, target: Target) -> StoredManifest:
+    def _known(self, target: Target, digest: str) -> CacheState:
+        return "HIT" if self._repositories.is_granted(target.registry, target.repository, digest) else "MISS"
+
+    async def _manifest_by_digest(self, target: Target) -> tuple[StoredManifest, CacheState]:
         if target.config:
             made = await self._augmenter.find(target, target.reference)
             if made is not None:
-                return made
+                return made, "HIT"
+        state = self._known(target, target.reference)
         try:
-            return await self._repositories.fetch_manifest(target.registry, target.repository, target.reference)
+            return await self._repositories.fetch_manifest(target.registry, target.repository, target.reference), state
         except ManifestUnknown:
             found = await self._remake(target) if target.config else None
             if found is None:
                 raise
-            return found
+            return found, "MISS"
 
     async def _remake(self, target: Target) -> StoredManifest | None:
         """Content of an equal request, known by its digest to somebody who never asked this token for its tag."""

@@ -7,6 +7,7 @@ from time import time
 
 import structlog
 
+from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest
@@ -53,12 +54,15 @@ class Resolver:
     def __init__(self, tokens: TokenStore) -> None:
         self._tokens = tokens
         self._memory: OrderedDict[str, _Known] = OrderedDict()
+        self._looking_up: Flights[str, _Known | None] = Flights()
 
     async def resolve(self, route: Route) -> Target:
         """What ``route`` is about. Raises NameUnknown, StateUnavailable."""
         if not route.token:
             return Target(route.registry, route.repository, route.reference)
-        known = self._memory.get(route.token) or await self._look_up(route.token)
+        known = self._memory.get(route.token) or await self._looking_up.run(
+            route.token, lambda: self._look_up(route.token)
+        )
         if known is None or time() >= known.request.expires or known.image.repository != route.repository:
             raise unknown_token(route.token)
         image = known.image
@@ -72,6 +76,10 @@ class Resolver:
         if len(self._memory) > _MEMORY:
             self._memory.popitem(last=False)
         return known
+
+    async def close(self) -> None:
+        """End what is being looked up."""
+        await self._looking_up.close()
 
     async def follow_deletions(self) -> None:
         """Forget tokens as they are deleted, on whichever machine, until cancelled."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -17,6 +17,7 @@ from wave_proxy.errors import StateUnavailable
 __all__ = ["Redis", "check", "connect", "translated", "wait_until_up"]
 
 TIMEOUT_S = 5.0
+_CONNECTIONS = 32  # a process; a thousand requests at once wait for these rather than open a thousand
 _START_S = 5.0
 
 
@@ -25,14 +26,17 @@ def connect(url: str) -> Redis:
 
     Raises ValueError for any other address.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=_CONNECTIONS,
+        timeout=TIMEOUT_S,
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
         retry_on_error=[RedisConnectionError, RedisTimeoutError],
         health_check_interval=30,
     )
+    return Redis.from_pool(pool)
 
 
 @contextmanager
