@@ -146,7 +146,15 @@ def test_a_data_folder_serves_one_program(tmp_path: Path, wave: Wave) -> None:
 
 def test_a_redis_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
     result = run(
-        "serve", "--port", "0", "--data", tmp_path / "data", "--redis", f"redis://127.0.0.1:{free_port()}/0", "--workers", "1"
+        "serve",
+        "--port",
+        "0",
+        "--data",
+        tmp_path / "data",
+        "--redis",
+        f"redis://127.0.0.1:{free_port()}/0",
+        "--workers",
+        "1",
     )
     assert result.returncode == 1
     assert "Redis" in one_line(result)
@@ -162,7 +170,15 @@ def test_a_part_alone_says_that_it_needs_a_redis(tmp_path: Path, command: str) -
 def test_a_wrong_certificate_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("no certificate")
     result = run(
-        "serve", "--port", "0", "--data", tmp_path / "data", "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "k"
+        "serve",
+        "--port",
+        "0",
+        "--data",
+        tmp_path / "data",
+        "--tls-cert",
+        tmp_path / "cert.pem",
+        "--tls-key",
+        tmp_path / "k",
     )
     assert result.returncode == 1
     assert "tls_cert" in one_line(result)

@@ -337,7 +337,10 @@ class Connection(asyncio.Protocol):
             self._refuse(400, f"not a request in HTTP/1.1: {err}")
         else:
             if self._body is None and self._head_bytes > self._limits.max_header_bytes:
-                self._refuse(431, f"the request's head is over {self._limits.max_header_bytes} bytes")
+                self._refuse(431, self._large_head())
+
+    def _large_head(self) -> str:
+        return f"the request's head is over {self._limits.max_header_bytes} bytes"
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         # We speak nothing else, so the request is an ordinary one (RFC 9110 §7.8). The parser has skipped its body: a
@@ -385,6 +388,9 @@ class Connection(asyncio.Protocol):
             keep_alive=self._parser.should_keep_alive(),
             http_1_0=self._parser.get_http_version() == "1.0",
         )
+        limit = self._limits.max_header_bytes
+        if self._head_bytes > limit and sum(len(key) + len(value) for key, value in self._headers) > limit:
+            request.malformed = f"431 {self._large_head()}"  # it came in one piece
         self._framing = b""
         for key, value in self._headers:
             if key in (b"content-length", b"transfer-encoding"):

@@ -9,7 +9,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from wave_proxy.errors import StateUnavailable
@@ -44,6 +44,10 @@ def translated() -> Iterator[None]:
     """Turns the client library's errors into StateUnavailable, so that no other module has to know them."""
     try:
         yield
+    except ResponseError as err:
+        # Of a pipeline's error, what Redis said: the command before it holds the client's data.
+        said = str(err).rpartition("caused error:")[2].strip(" ()',")
+        raise StateUnavailable(f"the state store (Redis) refuses: {said}") from err
     except RedisError as err:
         raise StateUnavailable(f"the state store (Redis) does not answer: {err}") from err
 

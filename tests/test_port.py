@@ -1,0 +1,105 @@
+"""The port as clients reach it: TLS and IPv6, several workers on one port, the api behind it."""
+
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable
+from http.client import HTTPSConnection
+from pathlib import Path
+
+import pytest
+
+from bench.images import image, layer, random_blob
+from bench.upstream import Upstream
+from tests.servers import WaveProxy, http_request
+from wave_proxy.image.oci import digest_of
+
+Wave = Callable[..., WaveProxy]
+Registry = Callable[..., Upstream]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for localhost and its key."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True,
+        capture_output=True,
+    )
+    return cert, key
+
+
+def test_images_are_pulled_over_tls(
+    upstream: Registry, wave: Wave, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cert, key = certificate
+    original = image([layer({"big.bin": random_blob(5 << 20, seed=3)}, compression="none")])
+    registry = upstream()
+    registry.add("lib/app", original, "v1")
+    proxy = wave(upstreams=[registry.address], args=["--tls-cert", str(cert), "--tls-key", str(key)])
+    assert f"ready https://localhost:{proxy.port}" in proxy.stderr
+    context = ssl.create_default_context(cafile=str(cert))
+    for _ in ("cold", "warm"):
+        connection = HTTPSConnection("localhost", proxy.port, context=context, timeout=30)
+        blob = original.blobs[1].digest
+        for path, digest in ((f"manifests/{original.digest}", original.digest), (f"blobs/{blob}", blob)):
+            connection.request("GET", f"/v2/{registry.address}/lib/app/{path}")
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert digest_of(answer.read()) == digest
+        connection.request("GET", "/service-info")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_it_listens_on_ipv4_and_ipv6(wave: Wave) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("this kernel has no IPv6")
+    proxy = wave(args=["--host", ""])
+    assert http_request(f"127.0.0.1:{proxy.port}", "GET", "/v2/").status == 200
+    assert http_request(f"[::1]:{proxy.port}", "GET", "/v2/").status == 200
+
+
+def test_every_worker_answers_on_the_one_port(wave: Wave) -> None:
+    proxy = wave(workers=3, config='[log]\nrequests = "all"\n')
+    assert len(proxy.workers()) == 3
+    for _ in range(200):
+        assert proxy.request("GET", "/v2/").status == 200
+        if all(f'"proxy-{number}"' in proxy.stderr for number in range(3)):
+            break
+    assert all(f'"proxy-{number}"' in proxy.stderr for number in range(3))
+
+
+def test_neither_tokens_nor_passwords_are_logged(upstream: Registry, wave: Wave) -> None:
+    registry = upstream(auth="basic", username="me", password="password-1")
+    registry.add("lib/app", image([layer({"a": "b"})]), "v1")
+    proxy = wave(
+        config=f'[log]\nrequests = "all"\nlevel = "debug"\n[registries."{registry.address}"]\ninsecure = true\n'
+        'allow_private = true\nusername = "me"\npassword = "password-1"\n'
+    )
+    answer = proxy.submit(
+        containerImage=f"{registry.address}/lib/app:v1", towerAccessToken="tower-2", containerConfig={"env": ["A=1"]}
+    )
+    proxy.pull(answer["targetImage"])
+    proxy.request("GET", f"/v1alpha2/container/{answer['requestId']}")
+    proxy.request("GET", f"/container-token/{answer['requestId']}?q={answer['requestId']}")
+    assert proxy.stop() == 0
+    assert '"request"' in proxy.stderr
+    secrets = [answer["containerToken"], "password-1", "tower-2"]
+    assert [secret for secret in secrets if secret in proxy.stderr] == []
+
+
+def test_a_client_cannot_say_which_address_it_has(upstream: Registry, wave: Wave) -> None:
+    registry = upstream()
+    registry.add("lib/app", image([layer({"a": "b"})]), "v1")
+    proxy = wave(upstreams=[registry.address])
+    answer = proxy.request(
+        "POST",
+        "/v1alpha2/container",
+        body={"containerImage": f"{registry.address}/lib/app:v1"},
+        headers={"X-Wave-Client": "9.9.9.9", "X-Forwarded-For": "8.8.8.8"},
+    ).json()
+    record = proxy.request("GET", f"/v1alpha2/container/{answer['requestId']}").json()
+    assert record["ipAddress"] == "127.0.0.1"
