@@ -4,18 +4,20 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from gzip import compress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from shutil import which
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired, run
 from tempfile import TemporaryDirectory
-from time import monotonic, sleep
+from threading import Event, Thread
+from time import monotonic
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -67,16 +69,15 @@ class Round:
     first_bytes_s: Sequence[float] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What the tables at the end show."""
+    """What is shown at the end."""
 
     sample: str
-    workers: int
-    image: str = ""
-    target_image: str = ""
-    rounds: list[Round] = field(default_factory=list)
-    load: Load | None = None
+    image: str
+    target_image: str
+    rounds: Sequence[Round]
+    load: Load
 
 
 # --- the sample ------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def added_layer() -> Layer:
 @contextmanager
 def service(folder: Path, upstream: str, workers: int) -> Iterator[str]:
     """Run ``wave-proxy serve`` on a free port; gives its URL. Raises DemoFailed when it starts or ends badly."""
-    config, log = folder / "wave.toml", folder / "serve.log"
+    config = folder / "wave.toml"
     # The clients are many and anonymous; the limit for such is meant for other cases.
     config.write_text(
         f'[registries."{upstream}"]\ninsecure = true\nallow_private = true\n\n[quota]\npull_anonymous = "off"\n'
@@ -117,42 +118,61 @@ def service(folder: Path, upstream: str, workers: int) -> Iterator[str]:
     command = [sys.executable, "-m", "wave_proxy", "serve", "--config", str(config), "--data", str(folder / "data")]
     command += ["--host", "127.0.0.1", "--port", "0", "--workers", str(workers)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WAVE_")}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+    with Popen(
+        command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=environment, text=True, start_new_session=True
+    ) as process:
+        log = _Log(process)
         try:
-            yield _wait_until_ready(process, log)
-            if process.poll() is not None:
-                raise DemoFailed(f"wave-proxy ended by itself:\n{_tail(log)}")
+            yield log.wait_until_ready()
+        except (DemoFailed, PullFailed) as err:
+            state = "is running" if process.poll() is None else f"has ended with exit code {process.returncode}"
+            raise DemoFailed(f"{err}\nwave-proxy {state}; the end of its log:\n{log.end()}") from None
         finally:
-            _stop(process)
+            _stop(process, log)
     if process.returncode:
-        raise DemoFailed(f"wave-proxy ended with exit code {process.returncode}:\n{_tail(log)}")
+        raise DemoFailed(f"wave-proxy ended with exit code {process.returncode}; the end of its log:\n{log.end()}")
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    deadline = monotonic() + START_LIMIT_S
-    while monotonic() < deadline and process.poll() is None:
-        for line in log.read_text(errors="replace").splitlines(keepends=True):
-            if line.startswith("ready ") and line.endswith("\n"):
-                return line.split()[1]
-        sleep(0.02)
-    raise DemoFailed(f"wave-proxy does not start:\n{_tail(log)}")
+class _Log(Thread):
+    """Reads what the processes of the service write, until the last of them has ended."""
+
+    def __init__(self, process: "Popen[str]") -> None:
+        super().__init__(daemon=True)
+        assert process.stdout is not None
+        self._stream = process.stdout
+        self._lines: deque[str] = deque(maxlen=8)
+        self._url = ""
+        self._answered = Event()
+        self.start()
+
+    def run(self) -> None:
+        for line in self._stream:
+            self._lines.append(f"  {line.rstrip()[:300]}")
+            if line.startswith("ready ") and not self._url:
+                self._url = line.split()[1]
+                self._answered.set()
+        self._answered.set()
+
+    def wait_until_ready(self) -> str:
+        """The URL in the line that begins with ``ready``. Raises DemoFailed when there is none."""
+        self._answered.wait(START_LIMIT_S)
+        if not self._url:
+            raise DemoFailed("wave-proxy does not start")
+        return self._url
+
+    def end(self) -> str:
+        """The last lines."""
+        return "\n".join(self._lines)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "Popen[str]", log: _Log) -> None:
     _ignore_signals()  # from here on everything ends, and must not be kept from it
     process.terminate()
     try:
         process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         process.kill()
-        process.wait()
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-8:])
+    log.join(STOP_LIMIT_S)  # the parts end by themselves when the first process was killed
 
 
 def submit(server: str, image_name: str) -> str:
@@ -243,14 +263,14 @@ def pull_with_skopeo(folder: Path, upstream: Upstream, target: str, expected: Pu
     began = monotonic()
     command = ["skopeo", "copy", "--insecure-policy", "--quiet", "--src-tls-verify=false"]
     try:
-        done = subprocess.run(
+        done = run(
             [*command, f"docker://{target}", f"dir:{folder}"],
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             capture_output=True,
             text=True,
             timeout=SKOPEO_LIMIT_S,
         )
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         raise DemoFailed(f"skopeo did not end within {SKOPEO_LIMIT_S:.0f} seconds") from None
     if done.returncode:
         raise DemoFailed(f"skopeo failed: {done.stderr.strip()}")
@@ -294,50 +314,51 @@ def demonstrate(console: Console, folder: Path, clients: int, megabytes: int) ->
         with _step(console, "sample image", "making an image") as told:
             sample = sample_image(megabytes)
             layers = sample.children[0].layers
-            told.append(f"{len(layers)} layers, {_bytes(sum(item.size for item in layers))}, two platforms")
-        report = Report(sample=told[0], workers=min(cores, 4))
+            described = f"{len(layers)} layers, {_bytes(sum(item.size for item in layers))}, two platforms"
+            told.append(described)
         with _step(console, "upstream", "starting a registry") as told:
             upstream = stack.enter_context(Upstream())
             upstream.add(REPOSITORY, sample, TAG)
-            report.image = f"{upstream.address}/{REPOSITORY}:{TAG}"
             told.append(f"a registry at {upstream.address}")
         with _step(console, "clients", "starting clients") as told:
-            herd = stack.enter_context(Herd(max(min(cores // 2, 4), 1)))
+            herd = stack.enter_context(Herd(min(cores, clients, 8)))
             told.append(f"{clients} that pull like Docker and hash every byte")
         with _step(console, "wave-proxy", "starting wave-proxy") as told:
-            server = stack.enter_context(service(folder, upstream.address, report.workers))
-            told.append(f"{_count(report.workers, 'worker')}, ready at {server}")
+            workers = min(cores, 4)
+            server = stack.enter_context(service(folder, upstream.address, workers))
+            told.append(f"{_count(workers, 'worker')}, ready at {server}")
         with _step(console, "request", "asking for the image with a layer and settings") as told:
-            report.target_image = submit(server, report.image)
+            name = f"{upstream.address}/{REPOSITORY}:{TAG}"
+            target = submit(server, name)
             told.append("image + layer + settings: POST /v1alpha2/container")
-        _pull_rounds(console, report, folder, upstream, herd, sample, clients)
+        rounds = _pull_rounds(console, folder, upstream, herd, sample, target, clients)
+        with _step(console, "manifests", f"{clients} connections ask for the manifest") as told:
+            load = herd.ask(target, clients, ASK_S)
+            told.append(f"{len(load.latencies_s):,} answers on {_count(clients, 'connection')}")
         with _step(console, "end", "stopping everything") as told:
             stack.close()
             told.append("all processes have ended")
-    return report
+    return Report(described, name, target, rounds, load)
 
 
 def _pull_rounds(
-    console: Console, report: Report, folder: Path, upstream: Upstream, herd: Herd, sample: Image, clients: int
-) -> None:
-    target = report.target_image
+    console: Console, folder: Path, upstream: Upstream, herd: Herd, sample: Image, target: str, clients: int
+) -> list[Round]:
     with _step(console, "cold pull", f"{clients} clients pull what wave-proxy has not got yet") as told:
         cold, first = pull_with_herd("cold", herd, upstream, target, clients)
         check_content(first, sample)
         check_fetches(cold, 1)
-        told.append(f"each layer fetched once for {clients} clients")
+        told.append(f"each layer fetched once for {_count(clients, 'client')}")
     with _step(console, "warm pull", f"{clients} clients pull it again") as told:
         warm, _ = pull_with_herd("warm", herd, upstream, target, clients)
         check_fetches(warm, 0)
         told.append("nothing fetched from upstream")
-    report.rounds = [cold, warm]
-    if which("skopeo"):
-        with _step(console, "skopeo", "skopeo pulls it") as told:
-            report.rounds.append(pull_with_skopeo(folder / "skopeo", upstream, target, first))
-            told.append("the same image by skopeo copy")
-    with _step(console, "manifests", f"{clients} connections ask for its manifest") as told:
-        report.load = herd.ask(target, clients, ASK_S)
-        told.append(f"{len(report.load.latencies_s):,} answers on {_count(clients, 'connection')}")
+    if which("skopeo") is None:
+        return [cold, warm]
+    with _step(console, "skopeo", "skopeo pulls it") as told:
+        other = pull_with_skopeo(folder / "skopeo", upstream, target, first)
+        told.append("the same image with skopeo copy")
+    return [cold, warm, other]
 
 
 # --- what is printed at the end --------------------------------------------------------------------------------------
@@ -345,23 +366,28 @@ def _pull_rounds(
 
 def show(console: Console, report: Report) -> None:
     """Print what was asked for, what was given, and how fast that was."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("requested", Text(f"{report.image} ({report.sample})"))
-    facts.add_row("", Text(f"+ a layer with /{ADDED_FILE}"))
-    facts.add_row("", Text(f"+ env {ADDED_ENV!r}, workingDir {WORKING_DIR}, cmd {' '.join(CMD)!r}"))
-    facts.add_row("image given", Text(report.target_image))
+    facts = (
+        ("requested", f"{report.image} ({report.sample})"),
+        ("", f"+ a layer with /{ADDED_FILE}"),
+        ("", f"+ env {ADDED_ENV!r}"),
+        ("", f"+ workingDir {WORKING_DIR}, cmd {' '.join(CMD)}"),
+        ("image given", report.target_image),
+    )
     console.print()
-    console.print(facts, soft_wrap=True)
+    for name, value in facts:
+        console.print(Text.assemble((f"{name:<13}", "bold"), value), soft_wrap=True)
     console.print()
     console.print(_table(report.rounds))
-    if report.load:
-        latencies = report.load.latencies_s
-        rate = len(latencies) / report.load.duration_s
-        console.print(
-            f"warm manifest: [bold]{rate:,.0f} requests/s[/], "
-            f"p50 {_time(quantile(latencies, 0.5))}, p99 {_time(quantile(latencies, 0.99))}"
-        )
-    console.print(f"Clients, registry and wave-proxy shared {_count(os.cpu_count() or 1, 'core')}.", style="dim")
+    latencies = report.load.latencies_s
+    rate = f"{len(latencies) / report.load.duration_s:,.0f} requests/s"
+    p50, p99 = _time(quantile(latencies, 0.5)), _time(quantile(latencies, 0.99))
+    console.print(Text.assemble(("warm manifest", "bold"), f"  {rate}, p50 {p50}, p99 {p99}"))
+    verified = sum(each.verified for each in report.rounds) + len(latencies)
+    console.print(
+        f"All {verified:,} digests were right. Clients, registry and wave-proxy "
+        f"shared {_count(os.cpu_count() or 1, 'core')}.",
+        soft_wrap=True,
+    )
 
 
 def _table(rounds: Sequence[Round]) -> Table:
@@ -371,9 +397,9 @@ def _table(rounds: Sequence[Round]) -> Table:
         table.add_column(each.name, justify="right")
     rows = {
         "clients": [f"{each.clients}" for each in rounds],
-        "digests verified": [f"{each.verified}, all right" for each in rounds],
-        "upstream fetches of each layer": ["/".join(map(str, sorted(set(each.fetches)))) for each in rounds],
-        "upstream requests in all": [f"{each.upstream_requests}" for each in rounds],
+        "digests verified": [f"{each.verified:,}" for each in rounds],
+        "upstream fetches per layer": ["/".join(map(str, sorted(set(each.fetches)))) for each in rounds],
+        "upstream requests, all": [f"{each.upstream_requests}" for each in rounds],
         "bytes to clients": [_bytes(each.size) for each in rounds],
         "wall time": [_time(each.wall_s) for each in rounds],
         "MB/s": [f"{each.size / each.wall_s / 1e6:,.0f}" for each in rounds],
@@ -392,11 +418,11 @@ def show_next(console: Console) -> None:
 
 
 NEXT = r"""
-Go on with images of the world. Start it (it keeps its data in ./wave-data):
+To go on, start it. It keeps its data in ./wave-data:
 
   {serve}
 
-In another terminal, ask for an image with a variable added, and pull what is given:
+In another terminal, ask for an image with a variable added, and pull it:
 
   image=$(curl -sS http://localhost:9090/v1alpha2/container \
     -H 'Content-Type: application/json' \
@@ -405,7 +431,7 @@ In another terminal, ask for an image with a variable added, and pull what is gi
     sed 's/.*"targetImage":"\([^"]*\)".*/\1/'); echo "$image"
 
   docker pull "$image"
-  docker run --rm "$image" printenv GREETING
+  docker run --rm "$image" sh -c 'echo "$GREETING"'
 """
 
 

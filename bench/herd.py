@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
@@ -289,19 +290,20 @@ def _work(pipe: Pipe) -> None:
     """A child process: does what comes through the pipe until that is closed."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    pipe.send("ready")
-    while True:
-        try:
-            kind, arguments = pipe.recv()
-        except EOFError:
-            return
-        work: Coroutine[None, None, list[Any]] = (_pull_all if kind == "pull" else _ask_all)(*arguments)
-        try:
-            pipe.send(uvloop.run(work))
-        except (PullFailed, OSError) as err:
-            pipe.send(PullFailed(_told(err)))
-        except ExceptionGroup as group:
-            pipe.send(PullFailed(_told(group.exceptions[0])))
+    with suppress(EOFError, BrokenPipeError):
+        pipe.send("ready")
+        while True:
+            pipe.send(_outcome(*pipe.recv()))
+
+
+def _outcome(kind: Literal["pull", "ask"], arguments: Sequence[Any]) -> list[Any] | PullFailed:
+    work: Coroutine[None, None, list[Any]] = (_pull_all if kind == "pull" else _ask_all)(*arguments)
+    try:
+        return uvloop.run(work)
+    except (PullFailed, OSError) as err:
+        return PullFailed(_told(err))
+    except ExceptionGroup as group:
+        return PullFailed(_told(group.exceptions[0]))
 
 
 class Herd:
@@ -332,10 +334,10 @@ class Herd:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for process, pipe in self._children:
-            pipe.close()
             process.kill()
             process.join()
             process.close()
+            pipe.close()
 
     def pull(self, image: str, clients: int) -> list[Pull]:
         """Pull ``host:port/repository:tag`` with so many clients at once; what failed says so in its Pull.
@@ -356,10 +358,12 @@ class Herd:
             share = len(range(number, clients, self._count))
             pipe.send((kind, (reference, share, *arguments)))
         try:
-            results = [pipe.recv() for _, pipe in self._children]
+            results: list[list[Any] | PullFailed] = [pipe.recv() for _, pipe in self._children]
         except EOFError:
             raise PullFailed("a process of clients ended before its work did") from None
+        merged: list[Any] = []
         for result in results:
             if isinstance(result, PullFailed):
                 raise result
-        return list(chain.from_iterable(results))
+            merged += result
+        return merged

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from shutil import rmtree
 from typing import Annotated, Any
 
 import typer
@@ -174,6 +175,7 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
         return Supervisor(chosen, lambda: _announce(settings), settings.shutdown_grace).run()
     finally:
         if lock is not None:
+            rmtree(runtime_folder(settings.data), ignore_errors=True)
             lock.close()
 
 

@@ -24,7 +24,8 @@
     │   ├── UpstreamUnavailable  503  no connection, or 5xx, after retries
     │   └── UpstreamTimeout      504
     ├── StorageFull              507  the data folder has no room, and the answer needs some
-    └── StateUnavailable         503  Redis does not answer
+    ├── StateUnavailable         503  Redis does not answer
+    └── Overloaded               503  out of file descriptors
 
 Messages are shown to people: they say what was wrong, with which value, and what to do.
 """
@@ -195,6 +196,13 @@ class StateUnavailable(WaveError):
 
     status = 503
     retry_after_s = 2
+
+
+class Overloaded(WaveError):
+    """This process is at a limit that passes."""
+
+    status = 503
+    retry_after_s = 1
 
 
 def clip(value: object, limit: int = 100) -> str:

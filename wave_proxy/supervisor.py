@@ -14,8 +14,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import gettempdir
 from time import monotonic
 from typing import IO
 
@@ -202,8 +204,11 @@ def runtime_folder(data: Path) -> Path:
     """Where Unix sockets go: in the data folder, unless its path is too long for the kernel."""
     folder = data.resolve() / "run"
     if len(str(folder / "redis.sock")) > _MAX_SOCKET_PATH:
-        folder = Path(f"/tmp/wave-proxy-{os.getuid()}-{os.getpid()}")  # noqa: S108
+        # Every program that is given this data folder must come to the same place.
+        folder = Path(gettempdir()) / f"wave-proxy-{os.getuid()}-{sha256(bytes(folder)).hexdigest()[:12]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StartFailed(f"{folder} belongs to another user; choose a shorter path with --data")
     return folder
 
 

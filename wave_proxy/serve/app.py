@@ -1,12 +1,14 @@
 """The port's handler: ``/v2/`` to the pull path, everything else to the api, and errors in the shape of each."""
 
+from errno import EMFILE, ENFILE
 from time import monotonic
 from typing import Literal
+from urllib.parse import unquote
 
 import orjson
 import structlog
 
-from wave_proxy.errors import MethodNotAllowed, RangeInvalid, WaveError
+from wave_proxy.errors import MethodNotAllowed, Overloaded, RangeInvalid, RequestInvalid, WaveError, clip
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.http import Reply, Request
 from wave_proxy.serve.pull import API_VERSION, Puller
@@ -30,12 +32,17 @@ class App:
         began = monotonic()
         registry = is_registry_path(request.target)
         try:
+            if not request.target.startswith("/"):
+                raise RequestInvalid(f"the request's target {clip(request.target)} is not a path that begins with /")
             reply = await (self._puller.answer(request) if registry else self._forwarder.answer(request))
         except WaveError as err:
             reply = _error_reply(err, registry)
         except (ConnectionError, TimeoutError):
             raise
-        except Exception:
+        except Exception as err:
+            if getattr(err, "errno", None) in (EMFILE, ENFILE):
+                _log.error("out of file descriptors: raise the limit (ulimit -n)")
+                return _error_reply(Overloaded("the server has too many open files; try again"), registry)
             _log.exception("request failed", method=request.method, target=redact(request.target))
             reply = _error_reply(WaveError("internal error: the server's log says more"), registry)
         self._log_request(request, reply, began)
@@ -55,10 +62,10 @@ class App:
 
 
 def redact(target: str) -> str:
-    """A request target without what it may hold of a token beyond its first four digits, and without its query."""
-    path = target.partition("?")[0]
-    parts = path.split("/")
-    return "/".join(f"{part[:4]}…" if _may_be_token(part) else part for part in parts)[:300]
+    """A request's path for the log: decoded, and without what it may hold of a token beyond its first four digits."""
+    parts = unquote(target.partition("?")[0], errors="replace").split("/")
+    shown = "/".join(f"{part[:4]}…" if _may_be_token(part) else part for part in parts)[:300]
+    return "".join(char if char.isprintable() else "?" for char in shown)
 
 
 def _may_be_token(part: str) -> bool:
