@@ -10,7 +10,7 @@ help:
 	@echo 'make demo    start everything on free ports, request an image, pull it with 50 clients, show how fast'
 	@echo 'make test    run the tests (ARGS="-k name" for some); installs missing Debian packages when it may'
 	@echo 'make check   ruff, mypy, the stubs of the kernels, the import rules'
-	@echo 'make bench   compare with other servers on this machine'
+	@echo 'make bench   time the Cython kernels beside plain Python'
 	@echo 'make venv    only the environment for development: .venv, with the kernels compiled in place'
 	@echo 'make docs    write docs/configuration.md from the code'
 	@echo 'make dist    source distribution and wheel, in dist/'
@@ -31,7 +31,7 @@ check: .venv/.ready-check
 	$(PYTHON) -m pytest -q tests/test_architecture.py
 
 bench: .venv/.ready-test
-	$(PYTHON) -m bench $(ARGS)
+	$(PYTHON) -m pytest bench/bench_*.py --benchmark-only $(ARGS)
 
 venv: .venv/.ready-check
 

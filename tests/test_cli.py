@@ -53,7 +53,8 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_config_prints_what_is_in_effect_and_hides_secrets(tmp_path: Path) -> None:
     file = tmp_path / "wave.toml"
     file.write_text(
-        'port = 1234\n[registries."quay.io"]\nusername = "me"\npassword = "hidden-1"\n[accounts]\nadmin = "sha256:hidden-2"\n'
+        'port = 1234\n[registries."quay.io"]\nusername = "me"\npassword = "hidden-1"\n'
+        '[accounts]\nadmin = "sha256:hidden-2"\n'
     )
     result = run("config", "--config", file, env={"WAVE_PORT": "4321", "WAVE_CACHE__TAG_TTL": "5m"})
     shown = tomllib.loads(result.stdout)

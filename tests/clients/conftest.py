@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -25,6 +26,7 @@ def scene(sources: tuple[dict[str, Source], str], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A name for a folder that a client shall make."""
-    return tmp_path / "image"
+def folder() -> Iterator[Path]:
+    """A name for a folder that a client shall make; it goes with the test, for there are many."""
+    with TemporaryDirectory(prefix="image-") as name:
+        yield Path(name) / "image"

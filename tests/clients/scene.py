@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from json import loads
 from pathlib import Path
 from platform import machine
@@ -10,7 +11,19 @@ from typing import Any
 
 import pytest
 
-from bench.images import BUSYBOX, Compression, Family, Image, Layer, digest_of, has_busybox, image, index, layer
+from bench.images import (
+    BUSYBOX,
+    Compression,
+    Family,
+    Image,
+    Layer,
+    digest_of,
+    has_busybox,
+    image,
+    index,
+    layer,
+    random_blob,
+)
 from bench.upstream import Faults, Upstream
 from tests.servers import PulledImage, WaveProxy, distribution, has_distribution, push, split_image
 
@@ -29,7 +42,9 @@ echo "directory $(pwd)"
 echo "greeting $GREETING, kept $KEPT, chain $WAVE_ENTRY_CHAIN"
 """
 
-ADDED = layer({"opt/added/": "", "opt/added/entry": _SAY + "cat /opt/added/note\n", "opt/added/note": "added by wave\n"})
+ADDED = layer(
+    {"opt/added/": "", "opt/added/entry": _SAY + "cat /opt/added/note\n", "opt/added/note": "added by wave\n"}
+)
 CHANGES: Mapping[str, Any] = {
     "entrypoint": ["/opt/added/entry", "one"],
     "cmd": ["two", "three words here"],
@@ -47,7 +62,8 @@ CHANGED_SAYS = (
     f"greeting good morning, kept yes, chain {CHAIN}\nadded by wave\n"
 )
 
-KINDS = ("docker", "oci", "index", "zstd", "bearer", "basic", "redirect", "distribution", "distribution-index")
+KINDS = ("docker", "oci", "index", "zstd", "large", "bearer", "basic", "redirect", "distribution", "distribution-index")
+LARGE = 8 << 20  # bytes of a layer; the others are small
 NAMED = "registry.test"  # a registry that is known by a name without a port: only such a one can stand in a path
 
 
@@ -154,11 +170,6 @@ class Scene:
         return f"localhost:{self.wave.port}/wt/{'0' * 32}/test/oci:1.0"
 
 
-def reason_to_skip_running() -> str:
-    """Why the images can't be run on this machine; empty when they can."""
-    return "" if has_busybox() else "there is no /bin/busybox to put into an image (Debian package busybox-static)"
-
-
 def walk(manifest: bytes, read: Callable[[str], bytes]) -> set[str]:
     """The digests of all that a manifest or an index leads to, itself included.
 
@@ -223,6 +234,7 @@ def _configuration(addresses: list[str], protected: list[str], named_endpoint: s
     return "\n".join(tables)
 
 
+@cache
 def _image(kind: str) -> Image:
     match kind:
         case "docker" | "distribution":
@@ -232,7 +244,9 @@ def _image(kind: str) -> Image:
         case "index" | "redirect" | "distribution-index":
             return _samples(kind, "oci")
         case "zstd":
-            return _sample(kind, ARCHITECTURE, "oci", "zstd")
+            return _sample(kind, ARCHITECTURE, "oci", compression="zstd")
+        case "large":
+            return _sample(kind, ARCHITECTURE, "docker", size=LARGE)
     return _sample(kind, ARCHITECTURE, "oci")
 
 
@@ -240,10 +254,11 @@ def _samples(kind: str, family: Family) -> Image:
     return index([_sample(kind, name, family) for name in (ARCHITECTURE, OTHER_ARCHITECTURE)], family=family)
 
 
-def _sample(kind: str, architecture: str, family: Family, compression: Compression = "gzip") -> Image:
+def _sample(kind: str, architecture: str, family: Family, *, compression: Compression = "gzip", size: int = 0) -> Image:
     # The second layer differs from kind to kind, so that no client finds it in its store already.
+    files: dict[str, bytes | str] = {"opt/base/kind": f"{kind} {architecture}\n", "opt/base/data": random_blob(size, 1)}
     return image(
-        [_shell(compression), layer({"opt/base/kind": f"{kind} {architecture}\n"}, compression=compression)],
+        [_shell(compression), layer(files, compression=compression)],
         family=family,
         platform=f"linux/{architecture}",
         entrypoint=ENTRYPOINT,
@@ -253,10 +268,16 @@ def _sample(kind: str, architecture: str, family: Family, compression: Compressi
     )
 
 
+@cache
 def _shell(compression: Compression) -> Layer:
     files: dict[str, bytes | str] = {"bin/": "", "etc/": "", "opt/": "", "opt/base/": "", "opt/base/entry": _SAY}
     files["etc/passwd"] = "root:x:0:0:root:/:/bin/sh\n"
     if has_busybox():
         files["bin/busybox"] = BUSYBOX.read_bytes()
-    links = {f"bin/{name}": "busybox" for name in ("sh", "cat", "echo", "env")}
+    links = {f"bin/{name}": "busybox" for name in ("sh", "cat", "true")}
     return layer(files, links=links, compression=compression)
+
+
+def shell_layer() -> Layer | None:
+    """A tar that is enough to run a shell in. None when this machine has no busybox to put into it."""
+    return _shell("none") if has_busybox() else None

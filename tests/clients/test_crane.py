@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 from bench.images import digest_of
-from tests.clients.programs import attempt, needs, output
+from tests.clients.programs import Client, needs
 from tests.clients.scene import (
     ARCHITECTURE,
     CHANGES,
@@ -19,12 +19,13 @@ from tests.clients.scene import (
 )
 
 pytestmark = needs("crane", "go install github.com/google/go-containerregistry/cmd/crane@v0.20.3")
+crane = Client("crane")
 
 
 @every_case
 def test_pull_to_an_oci_layout(scene: Scene, case: Case, folder: Path) -> None:
     target = scene.target(case)
-    output("crane", "pull", "--format=oci", target, folder)
+    crane("pull", "--format=oci", target, folder)
     (entry,) = json.loads((folder / "index.json").read_bytes())["manifests"]
     found = walk(read_layout(folder, entry["digest"]), lambda digest: read_layout(folder, digest))
     assert found == {f"sha256:{path.name}" for path in (folder / "blobs" / "sha256").iterdir()}
@@ -34,7 +35,7 @@ def test_pull_to_an_oci_layout(scene: Scene, case: Case, folder: Path) -> None:
 @every_tag
 def test_pull_to_a_tarball(scene: Scene, case: Case, tmp_path: Path) -> None:
     target, file = scene.target(case), tmp_path / "image.tar"
-    output("crane", "pull", f"--platform=linux/{ARCHITECTURE}", target, file)
+    crane("pull", f"--platform=linux/{ARCHITECTURE}", target, file)
     with tarfile.open(file) as tar:
         contents = {member.name: tar.extractfile(member) for member in tar}
         found = {name: digest_of(content.read()) for name, content in contents.items() if content}
@@ -48,19 +49,19 @@ def test_pull_to_a_tarball(scene: Scene, case: Case, tmp_path: Path) -> None:
 @every_case
 def test_digest(scene: Scene, case: Case) -> None:
     target = scene.target(case)
-    assert output("crane", "digest", target).strip() == scene.pulled(target).digest
+    assert crane("digest", target).strip() == scene.pulled(target).digest
 
 
 @every_case
 def test_validate(scene: Scene, case: Case) -> None:
     # It unpacks gzip only; of other layers it can check no more than that manifest and config agree.
     options = ["--fast"] if case.kind == "zstd" else []
-    assert "PASS" in output("crane", "validate", *options, "--remote", scene.target(case))
+    assert "PASS" in crane("validate", *options, "--remote", scene.target(case))
 
 
 @every_tag
 def test_config(scene: Scene, case: Case) -> None:
-    seen = json.loads(output("crane", "config", f"--platform=linux/{ARCHITECTURE}", scene.target(case)))
+    seen = json.loads(crane("config", f"--platform=linux/{ARCHITECTURE}", scene.target(case)))
     expected = scene.source(case).expected_config(changed=case.changed)
     assert seen["config"] == expected["config"]
     assert seen["rootfs"]["diff_ids"] == expected["diff_ids"]
@@ -69,13 +70,13 @@ def test_config(scene: Scene, case: Case) -> None:
 def test_every_platform_of_an_index_is_changed(scene: Scene) -> None:
     target = scene.target(Case("index", True, "tag"))
     for architecture in (ARCHITECTURE, OTHER_ARCHITECTURE):
-        seen = json.loads(output("crane", "config", f"--platform=linux/{architecture}", target))
+        seen = json.loads(crane("config", f"--platform=linux/{architecture}", target))
         assert (seen["architecture"], seen["config"]["Cmd"]) == (architecture, CHANGES["cmd"])
 
 
 def test_the_added_files_are_in_the_file_system(scene: Scene, tmp_path: Path) -> None:
     file = tmp_path / "files.tar"
-    output("crane", "export", f"--platform=linux/{ARCHITECTURE}", scene.target(Case("index", True, "tag")), file)
+    crane("export", f"--platform=linux/{ARCHITECTURE}", scene.target(Case("index", True, "tag")), file)
     with tarfile.open(file) as tar:
         note, kind = tar.extractfile("opt/added/note"), tar.extractfile("opt/base/kind")
         assert note is not None
@@ -85,14 +86,14 @@ def test_the_added_files_are_in_the_file_system(scene: Scene, tmp_path: Path) ->
 
 def test_list_tags(scene: Scene) -> None:
     name = scene.target(Case("oci", True, "tag")).rpartition(":")[0]
-    assert output("crane", "ls", name) == "1.0\n"
+    assert crane("ls", name) == "1.0\n"
 
 
 def test_a_name_without_a_token(scene: Scene) -> None:
-    assert output("crane", "digest", scene.direct()).strip() == scene.source(Case("oci", False, "tag")).image.digest
+    assert crane("digest", scene.direct()).strip() == scene.source(Case("oci", False, "tag")).image.digest
 
 
 def test_an_unknown_token(scene: Scene) -> None:
-    finished = attempt("crane", "manifest", scene.unknown())
+    finished = crane.attempt("manifest", scene.unknown())
     assert finished.returncode != 0
     assert "NAME_UNKNOWN" in finished.stderr or "MANIFEST_UNKNOWN" in finished.stderr

@@ -4,19 +4,20 @@ import json
 from pathlib import Path
 
 from bench.images import digest_of
-from tests.clients.programs import attempt, needs, output
+from tests.clients.programs import Client, needs
 from tests.clients.scene import Case, Scene, every_case, every_tag, read_layout, walk
 from tests.servers import split_image
 
 pytestmark = needs("skopeo", "Debian package skopeo")
+skopeo = Client("skopeo")
 
 
 def copy(target: str, destination: str) -> None:
-    output("skopeo", "--insecure-policy", "copy", "--all", "--src-tls-verify=false", f"docker://{target}", destination)
+    skopeo("--insecure-policy", "copy", "--all", "--src-tls-verify=false", f"docker://{target}", destination)
 
 
 def inspect(target: str, *options: str) -> str:
-    return output("skopeo", "inspect", "--tls-verify=false", *options, f"docker://{target}")
+    return skopeo("inspect", "--tls-verify=false", *options, f"docker://{target}")
 
 
 def read_dir(folder: Path, digest: str) -> bytes:
@@ -80,7 +81,7 @@ def test_inspect_config(scene: Scene, case: Case) -> None:
 
 def test_list_tags(scene: Scene) -> None:
     name = scene.target(Case("oci", True, "tag")).rpartition(":")[0]
-    seen = json.loads(output("skopeo", "list-tags", "--tls-verify=false", f"docker://{name}"))
+    seen = json.loads(skopeo("list-tags", "--tls-verify=false", f"docker://{name}"))
     assert seen == {"Repository": name, "Tags": ["1.0"]}
 
 
@@ -89,6 +90,6 @@ def test_a_name_without_a_token(scene: Scene) -> None:
 
 
 def test_an_unknown_token(scene: Scene) -> None:
-    finished = attempt("skopeo", "inspect", "--tls-verify=false", f"docker://{scene.unknown()}")
+    finished = skopeo.attempt("inspect", "--tls-verify=false", f"docker://{scene.unknown()}")
     assert finished.returncode != 0
     assert "name unknown" in finished.stderr or "manifest unknown" in finished.stderr
