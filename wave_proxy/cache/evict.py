@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from time import time
 
 import structlog
@@ -36,7 +37,7 @@ class Evictor:
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root = root
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._nudged = asyncio.Event()
 
     def nudge(self) -> None:
@@ -52,7 +53,10 @@ class Evictor:
             except TimeoutError:
                 pass
             self._nudged.clear()
-            await asyncio.to_thread(self.evict)
+            try:
+                await asyncio.to_thread(self.evict)
+            except OSError as err:
+                _log.error("can't look after the size of the data folder", error=str(err))
 
     def evict(self, wanted: int = 0) -> int:
         """Get under the cap, and free at least ``wanted`` bytes if it is given; returns what was freed. Blocking."""
@@ -65,14 +69,14 @@ class Evictor:
             stored = [*_files(self._root / "blobs"), *_files(self._root / "manifests")]
             files = sorted(stored, key=lambda file: file.used)
             total = sum(file.size for file in files) + sum(file.size for file in _files(self._root / "spool"))
-            over_cap = total + wanted - self._max_bytes
-            excess = over_cap + int(self._max_bytes * (1 - _LOW_WATER)) if over_cap > 0 else 0
+            over_cap = total + wanted - self.max_bytes
+            excess = over_cap + int(self.max_bytes * (1 - _LOW_WATER)) if over_cap > 0 else 0
             if wanted:  # the disk itself is full: the cap is no measure then
                 excess = max(excess, wanted)
             if not excess:
                 return 0
             freed = self._free(files, excess)
-        _log.info("evicted", bytes=freed, total=total - freed, cap=self._max_bytes)
+        _log.info("evicted", bytes=freed, total=total - freed, cap=self.max_bytes)
         return freed
 
     def _free(self, files: list[_File], excess: int) -> int:
@@ -97,10 +101,11 @@ def _files(folder: Path) -> Iterator[_File]:
         for name in names:
             path = os.path.join(parent, name)
             try:
-                status = os.stat(path)
+                status = os.lstat(path)
             except FileNotFoundError:
                 continue
-            yield _File(path, status.st_size, status.st_mtime)
+            if S_ISREG(status.st_mode):
+                yield _File(path, status.st_size, status.st_mtime)
 
 
 def _unlink_unread(path: str) -> bool:

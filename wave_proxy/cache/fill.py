@@ -15,6 +15,7 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from hashlib import sha256
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ import structlog
 from wave_proxy._fast.digest import Verifier
 from wave_proxy.cache.blobs import FULL, SIZE_SUFFIX, BlobStore
 from wave_proxy.cache.evict import Evictor
+from wave_proxy.cache.grants import Grants
 from wave_proxy.errors import (
     ContentMismatch,
     SizeMismatch,
@@ -47,7 +49,8 @@ Opener = Callable[[int, int | None], AbstractAsyncContextManager[BlobStream]]
 class Fill:
     """A blob on its way into the store, as the readers in this worker see it."""
 
-    def __init__(self, digest: str) -> None:
+    def __init__(self, origin: str, digest: str) -> None:
+        self.origin = origin
         self.digest = digest
         self.size: int | None = None
         self.finished = False
@@ -68,6 +71,8 @@ class Fill:
         try:
             while not self._started:
                 await self._changed()
+            if self._error is not None and not self._readable:
+                raise self._error  # better than an answer that is cut off before its first byte
             return FillReader(self, os.dup(self.fd))
         finally:
             self._opening -= 1
@@ -80,6 +85,11 @@ class Fill:
     async def wait(self, offset: int) -> None:
         """Return when there are more than ``offset`` readable bytes, or all there will be. Raises the fill's error."""
         while self._readable <= offset and not self.finished:
+            await self._changed()
+
+    async def wait_for_end(self) -> None:
+        """Return when the blob is whole and right. Raises the fill's error."""
+        while not self.finished:
             await self._changed()
 
     async def _changed(self) -> None:
@@ -133,6 +143,8 @@ class Fill:
 
     def fail(self, error: WaveError) -> None:
         self._error = error
+        if self.fd >= 0:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)  # readers' duplicates would keep it for as long as they are slow
         self._wake()
 
 
@@ -141,15 +153,24 @@ class FillReader:
 
     def __init__(self, fill: Fill, fd: int) -> None:
         self._fill = fill
+        self._withheld: int | None = None
         self.fd = fd
+
+    def withhold(self, end: int) -> None:
+        """For an answer that ends at ``end``: keep its last byte until the whole blob was found right."""
+        self._withheld = end - 1
 
     def readable(self) -> int:
         """Bytes from the start that may be sent."""
-        return self._fill.readable()
+        readable = self._fill.readable()
+        return readable if self._withheld is None or self._fill.finished else min(readable, self._withheld)
 
     async def wait(self, offset: int) -> None:
         """Return when there are more than ``offset``. Raises the fill's error."""
-        await self._fill.wait(offset)
+        if offset == self._withheld:
+            await self._fill.wait_for_end()
+        else:
+            await self._fill.wait(offset)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -176,30 +197,41 @@ class ReadAlong:
         self._reader.close()
 
 
+def spool_name(origin: str, digest: str) -> str:
+    """The file name of a fill's spool."""
+    return f"{digest.replace(':', '-')}.{sha256(origin.encode()).hexdigest()[:8]}"
+
+
 class Fills:
     """The fills of one worker."""
 
-    def __init__(self, root: Path, store: BlobStore, evictor: Evictor) -> None:
+    def __init__(self, root: Path, store: BlobStore, evictor: Evictor, grants: Grants) -> None:
         self._folder = root / "spool"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._store = store
         self._evictor = evictor
-        self._fills: dict[str, Fill] = {}
+        self._grants = grants
+        self._fills: dict[tuple[str, str], Fill] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def join(self, digest: str, opener: Opener, size: int | None = None) -> Fill:
-        """The fill of that blob: the one under way, else a new one. ``size`` is what a manifest promised, if known."""
-        fill = self._fills.get(digest)
+    def join(self, origin: str, digest: str, opener: Opener, size: int | None = None) -> Fill:
+        """The fill of that blob from that origin: the one under way, else a new one.
+
+        Origins don't share a fill: one that is slow, or that lies, holds up nobody who asked another. ``size`` is for
+        an origin whose name includes it; of a shared one, upstream alone says how large its blobs are.
+        """
+        fill = self._fills.get((origin, digest))
         if fill is None:
-            fill = self._fills[digest] = Fill(digest)
+            fill = self._fills[origin, digest] = Fill(origin, digest)
             fill.size = size
             task = asyncio.get_running_loop().create_task(self._run(fill, opener))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return fill
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._fills
+    def is_under_way(self, origin: str, digest: str) -> bool:
+        """Whether ``join`` would find one."""
+        return (origin, digest) in self._fills
 
     async def close(self) -> None:
         """End all fills; what they have so far stays in the spool for the next one."""
@@ -211,6 +243,7 @@ class Fills:
         try:
             while not fill.finished:
                 await self._lead_or_follow(fill, opener)
+            self._grants.add(fill.origin, (fill.digest,))
             self._evictor.nudge()
         except WaveError as err:
             _log.warning("fill failed", digest=fill.digest, error=str(err))
@@ -218,20 +251,21 @@ class Fills:
         except asyncio.CancelledError:
             fill.fail(UpstreamUnavailable("the proxy is shutting down"))
             raise
-        except Exception as err:
+        except Exception:
             _log.exception("fill failed", digest=fill.digest)
-            fill.fail(UpstreamError(f"could not fetch {fill.digest}: {err}"))
+            fill.fail(UpstreamError(f"could not fetch {fill.digest}: the server's log says more"))
         finally:
-            del self._fills[fill.digest]
+            del self._fills[fill.origin, fill.digest]
             fill.end()
 
     async def _lead_or_follow(self, fill: Fill, opener: Opener) -> None:
-        stored = self._store.find(fill.digest)  # another process may have finished it
+        # Another process may have finished it; what came from elsewhere does not count.
+        stored = self._store.find(fill.digest) if self._grants.has(fill.origin, fill.digest) else None
         if stored is not None:
             fill.attach(stored.fd)
             fill.finish(stored.size)
             return
-        spool = self._folder / fill.digest.replace(":", "-")
+        spool = self._folder / spool_name(fill.origin, fill.digest)
         fill.attach(_open_spool(spool))
         if not _lock(fill.fd):
             await self._follow(fill, spool)
@@ -256,6 +290,8 @@ class Fills:
                 if _is_same_file(fill.fd, spool):
                     return None
                 if not _is_same_file(fill.fd, self._store.path(fill.digest)):
+                    if not fill.readable():
+                        return None
                     raise ContentMismatch(f"another process failed to fetch {fill.digest}; the next pull starts afresh")
             await asyncio.sleep(_POLL_S)
 
@@ -282,10 +318,13 @@ class _Lead:
             await self._write(self._held)
             self._fill.finish(self._verifier.size)
             await asyncio.to_thread(os.fsync, self._fill.fd)
+            # Readers' duplicates share it and keep the evictor away; and once it is visible, nobody may be refused.
+            fcntl.flock(self._fill.fd, fcntl.LOCK_SH)
             self._store.adopt(self._fill.digest, self._spool)
             self._size_file.unlink(missing_ok=True)
-            fcntl.flock(self._fill.fd, fcntl.LOCK_SH)  # readers' duplicates share it and keep the evictor away
-        except (ContentMismatch, StorageFull):
+        except (UpstreamUnavailable, UpstreamTimeout):
+            raise  # what is there can be gone on with
+        except (UpstreamError, StorageFull):
             self._spool.unlink(missing_ok=True)
             self._size_file.unlink(missing_ok=True)
             raise
@@ -343,12 +382,16 @@ class _Lead:
 
     async def _make_room(self, wanted: int) -> None:
         """Before the first byte is promised to anybody: a full disk is then no cut, but a pull past the store."""
+        if wanted > self._evictor.max_bytes:
+            raise StorageFull(f"{self._fill.digest} is said to have {wanted} bytes, more than cache.max_bytes")
         if _free_bytes(self._spool.parent) < wanted:
             await asyncio.to_thread(self._evictor.evict, wanted)
             if (free := _free_bytes(self._spool.parent)) < wanted:
                 raise StorageFull(f"the data folder has {free} bytes left and {self._fill.digest} needs {wanted}")
 
     async def _write(self, chunk: bytes) -> None:
+        if self._written + len(chunk) > self._evictor.max_bytes:
+            raise StorageFull(f"{self._fill.digest} does not end within cache.max_bytes")
         rest, error = self._append(memoryview(chunk))
         if error is not None:
             await asyncio.to_thread(self._evictor.evict, 64 * len(chunk))
@@ -379,7 +422,7 @@ def _open_spool(path: Path) -> int:
 def _no_room(err: OSError) -> StorageFull:
     if err.errno in FULL:
         return StorageFull("the data folder is full: make room there, or lower cache.max_bytes")
-    return StorageFull(f"can't write to the data folder: {err}")
+    return StorageFull(f"can't write to the data folder: {err.strerror}")
 
 
 def _free_bytes(folder: Path) -> int:

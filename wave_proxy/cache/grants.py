@@ -1,9 +1,12 @@
-"""Which digests may be read through which upstream repository.
+"""Who may read what the store holds: content is shared between all repositories, permission is not.
 
-Content is shared between all repositories, permission is not: that a blob lies in the store does not mean that
-whoever knows its digest may have it. A digest is granted to a repository when upstream has served it from there, or
-served a manifest that names it. ``<root>/grants/<hash of registry/repository>/<digest>`` is an empty file, so that
-the workers of a machine share what they learn.
+That a blob lies in the store does not mean that whoever knows its digest may have it. Two things are recorded, each
+under a name of its own, in an empty file ``<root>/grants/<hash of the name>/<digest>`` that all workers share:
+
+- a repository (``registry/repository``) has said that it has the digest, by serving it or to a HEAD. That a manifest
+  names a digest says nothing: anybody can name what he does not have;
+- an origin (a registry, or the URL of a layer) has once delivered the content, and it was right. A HEAD proves nothing
+  about a registry that never has: it may belong to somebody who only knows the digest.
 """
 
 from collections.abc import Iterable

@@ -43,7 +43,7 @@ class ManifestStore:
             media_type, _, content = self._path(digest).read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None
-        if not matches(content, digest):
+        if not matches(content, digest) or not media_type.isascii():
             with suppress(FileNotFoundError):
                 self._path(digest).unlink()
             return None

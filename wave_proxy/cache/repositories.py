@@ -49,6 +49,7 @@ class Repositories:
         self._fills = fills
         self._grants = grants
         self._fetching: Flights[tuple[str, str], StoredManifest] = Flights()
+        self._asking: Flights[tuple[str, str], int | None] = Flights()
 
     async def find_tag(self, registry: str, repository: str, tag: str) -> TagAnswer:
         """What ``tag`` stands for. Raises ManifestUnknown, Denied, UpstreamError, TooManyRequests."""
@@ -80,9 +81,10 @@ class Repositories:
         return await self._fetching.run((name, digest), fetch)
 
     def _keep(self, name: str, manifest: StoredManifest) -> None:
-        named = read_manifest(manifest.content, manifest.media_type).descriptors()
+        read_manifest(manifest.content, manifest.media_type)  # one that breaks its own rules is not kept
         self._manifests.put(manifest)
-        self._grants.add(name, (manifest.digest, *(descriptor.digest for descriptor in named)))
+        # What it names is not granted with it: anybody can name what he does not have.
+        self._grants.add(name, (manifest.digest,))
 
     def is_granted(self, registry: str, repository: str, digest: str) -> bool:
         """Whether upstream is known to serve that digest from that repository."""
@@ -95,11 +97,16 @@ class Repositories:
             if stored is not None:
                 stored.close()
                 return stored.size
-        size = await self.registry.head_blob(registry, repository, digest)
-        self._grants.add(f"{registry}/{repository}", (digest,))
-        return size
+        name = f"{registry}/{repository}"
 
-    async def open_blob(self, registry: str, repository: str, digest: str, size: int | None = None) -> OpenBlob:
+        async def ask() -> int | None:
+            size = await self.registry.head_blob(registry, repository, digest)
+            self._grants.add(name, (digest,))
+            return size
+
+        return await self._asking.run((name, digest), ask)
+
+    async def open_blob(self, registry: str, repository: str, digest: str) -> OpenBlob:
         """Open a blob of that repository. Raises BlobUnknown, Denied, UpstreamError, TooManyRequests."""
         if not self.is_granted(registry, repository, digest):
             await self.find_size(registry, repository, digest)
@@ -107,15 +114,19 @@ class Repositories:
         def opener(start: int, known: int | None) -> AbstractAsyncContextManager[BlobStream]:
             return self.registry.open_blob(registry, repository, digest, start=start, size=known)
 
-        return await self.open_content(digest, opener, size)
+        return await self.open_content(registry, digest, opener)
 
-    async def open_content(self, digest: str, opener: Opener, size: int | None = None) -> OpenBlob:
-        """Open content by digest, from the store or else through ``opener``; the caller has checked the permission."""
-        stored = self._blobs.find(digest)
+    async def open_content(self, origin: str, digest: str, opener: Opener, size: int | None = None) -> OpenBlob:
+        """Open what ``origin`` has under that digest: from the store if it once delivered it, else by ``opener``.
+
+        ``origin`` is a registry, for whose repository the caller has checked the permission, or what else stands for
+        the place and the size of the content.
+        """
+        stored = self._blobs.find(digest) if self._grants.has(origin, digest) else None
         if stored is not None:
             return OpenBlob(stored.size, "HIT", stored)
-        under_way = digest in self._fills
-        fill = self._fills.join(digest, opener, size)
+        under_way = self._fills.is_under_way(origin, digest)
+        fill = self._fills.join(origin, digest, opener, size)
         try:
             reader = await fill.open()
         except StorageFull:
@@ -127,7 +138,7 @@ class Repositories:
         """The whole content of an image's config. Raises as ``open_blob``; UpstreamError when it is too large."""
         if size > MAX_CONFIG_BYTES:
             raise UpstreamError(f"the image's config {digest} is said to have {size} bytes; at most {MAX_CONFIG_BYTES}")
-        blob = await self.open_blob(registry, repository, digest, size)
+        blob = await self.open_blob(registry, repository, digest)
         content = await _read_all(blob)
         if not matches(content, digest):
             self._blobs.discard(digest)
@@ -137,6 +148,7 @@ class Repositories:
     async def close(self) -> None:
         """End what is being fetched."""
         await self._fetching.close()
+        await self._asking.close()
         await self._tags.close()
         await self._fills.close()
 

@@ -48,7 +48,7 @@ class Tags:
         a known digest is given as stale; otherwise ``ask``'s error is raised.
         """
         known = self._recall(name)
-        if known is not None and time() - known.checked < self._ttl_s:
+        if known is not None and self._is_fresh(known):
             return known
         return await self._asking.run(name, lambda: self._ask(name, known, ask))
 
@@ -75,14 +75,20 @@ class Tags:
 
     def _recall(self, name: str) -> TagAnswer | None:
         known = self._memory.get(name)
-        if known is not None and time() - known.checked < self._ttl_s:
+        if known is not None and self._is_fresh(known):
             return known
         try:
             document = orjson.loads(self._path(name).read_bytes())
         except (FileNotFoundError, orjson.JSONDecodeError):
             return known
-        self._remember(name, TagAnswer(document["digest"], document["checked"]))
-        return self._memory[name]
+        match document:
+            case {"digest": str(digest), "checked": float(checked)}:
+                self._remember(name, TagAnswer(digest, checked))
+        return self._memory.get(name)
+
+    def _is_fresh(self, answer: TagAnswer) -> bool:
+        # An answer from the future was given before the clock was set back.
+        return 0 <= time() - answer.checked < self._ttl_s
 
     def _remember(self, name: str, answer: TagAnswer) -> None:
         self._memory[name] = answer

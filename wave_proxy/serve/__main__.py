@@ -94,13 +94,14 @@ async def _compose(settings: Settings, stack: AsyncExitStack, background: asynci
     stack.push_async_callback(registry.close)
     blobs = BlobStore(settings.data)
     evictor = Evictor(settings.data, settings.cache.max_bytes)
+    grants = Grants(settings.data)
     repositories = Repositories(
         registry,
         Tags(settings.data, settings.cache.tag_ttl),
         ManifestStore(settings.data),
         blobs,
-        Fills(settings.data, blobs, evictor),
-        Grants(settings.data),
+        Fills(settings.data, blobs, evictor, grants),
+        grants,
     )
     stack.push_async_callback(repositories.close)
     augmenter = Augmenter(repositories, tokens)

@@ -34,6 +34,7 @@ from wave_proxy.state.tokens import TokenStore
 _log = structlog.get_logger()
 
 _MEMORY_BYTES = 64 << 20
+_MAX_PLATFORMS = 64  # the largest official images have about twenty
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,11 @@ class Augmenter:
             raise Unsupported(
                 f"Cannot find matching platform '{wanted}' in the image index for "
                 f"'{recipe.registry}/{recipe.repository}'"
+            )
+        if len(chosen) > _MAX_PLATFORMS:
+            raise Unsupported(
+                f"the image index has {len(chosen)} platforms and at most {_MAX_PLATFORMS} are changed at once: "
+                "ask for one with containerPlatform"
             )
         children = await self._build_children(recipe, chosen)
         replaced = {

@@ -1,5 +1,6 @@
 """Everything that is not the registry's goes to the api process, over its Unix socket, streaming both ways."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -14,12 +15,18 @@ _HOP_BY_HOP = frozenset(
 )
 _CLIENT_HEADER = "x-wave-client"
 
+_SMALL_BYTES = 1 << 18
+_SMALL_BODY_S = 60.0
+_LARGE_BODIES = 32  # at once, of one worker
+_LARGE_BODY_S = 900.0
+
 
 class Forwarder:
     """Hands requests on, with the client's address in ``X-Wave-Client``, which no client can set itself."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._large = asyncio.Semaphore(_LARGE_BODIES)
 
     async def answer(self, request: Request) -> Reply:
         """The api's reply. Raises UpstreamUnavailable when the api does not answer."""
@@ -31,13 +38,24 @@ class Forwarder:
         headers.append((_CLIENT_HEADER, request.client))
         if request.body.error is not None:
             raise request.body.error
-        has_body = not request.body.complete or request.body.received
+        # A small body is awaited before a connection to the api is taken, and of large ones only some are let in: who
+        # sends slowly keeps nobody else from the api.
+        if request.body.complete or int(request.header(b"content-length") or _SMALL_BYTES + 1) <= _SMALL_BYTES:
+            async with asyncio.timeout(_SMALL_BODY_S):
+                body = b"".join([chunk async for chunk in request.body.chunks()])
+            return await self._ask(request, headers, body or None)
+        async with self._large, asyncio.timeout(_LARGE_BODY_S):
+            return await self._ask(request, headers, request.body.chunks())
+
+    async def _ask(
+        self, request: Request, headers: list[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
+    ) -> Reply:
         try:
             response = await self._session.request(
                 request.method,
                 f"http://api{request.target}",
                 headers=headers,
-                data=request.body.chunks() if has_body else None,
+                data=body,
                 allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )

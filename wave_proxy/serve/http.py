@@ -224,6 +224,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._limits = server.limits
+        self._large_head = f"the request's head is over {server.limits.max_header_bytes} bytes"
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
         self._secure = False
@@ -337,13 +338,10 @@ class Connection(asyncio.Protocol):
             self._refuse(400, f"not a request in HTTP/1.1: {err}")
         else:
             if self._body is None and self._head_bytes > self._limits.max_header_bytes:
-                self._refuse(431, self._large_head())
-
-    def _large_head(self) -> str:
-        return f"the request's head is over {self._limits.max_header_bytes} bytes"
+                self._refuse(431, self._large_head)
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        # We speak nothing else, so the request is an ordinary one (RFC 9110 §7.8). The parser has skipped its body: a
+        # We speak nothing else: it is an ordinary request (RFC 9110 §7.8). The parser has skipped its body, so that a
         # fresh one reads that, behind a head which only says how it is framed.
         self._parser = httptools.HttpRequestParser(self)
         if self._body is not None:
@@ -390,7 +388,7 @@ class Connection(asyncio.Protocol):
         )
         limit = self._limits.max_header_bytes
         if self._head_bytes > limit and sum(len(key) + len(value) for key, value in self._headers) > limit:
-            request.malformed = f"431 {self._large_head()}"  # it came in one piece
+            request.malformed = f"431 {self._large_head}"  # it came in one piece
         self._framing = b""
         for key, value in self._headers:
             if key in (b"content-length", b"transfer-encoding"):
@@ -466,10 +464,10 @@ class Connection(asyncio.Protocol):
     async def _send(self, request: Request, reply: Reply) -> bool:
         bodiless = reply.status in _BODILESS
         length = None if bodiless else reply.content_length()
-        chunked = length is None and not bodiless and not request.http_1_0
-        endless = length is None and not bodiless and not chunked
+        endless = length is None and not bodiless
+        chunked = endless and not request.http_1_0
         unread = not request.body.complete and not request.malformed
-        close = reply.close or not request.keep_alive or unread or self._server.closing or endless
+        close = reply.close or not request.keep_alive or unread or self._server.closing or (endless and not chunked)
         head = _head(reply, length, chunked=chunked, close=close, http_1_0=request.http_1_0)
         if request.method == "HEAD" or bodiless:
             self.write(head)

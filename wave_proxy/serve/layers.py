@@ -38,7 +38,7 @@ class Layers:
             raise Unsupported(
                 f"a layer's location must be data:, gzip:, http(s):// or docker://, not {clip(layer.location, 40)}"
             )
-        return await self._repositories.open_blob(match[1], match[2], layer.gzip_digest, layer.gzip_size)
+        return await self._repositories.open_blob(match[1], match[2], layer.gzip_digest)
 
     async def _open_inline(self, layer: Layer) -> OpenBlob | bytes:
         stored = self._blobs.find(layer.gzip_digest)
@@ -59,4 +59,5 @@ class Layers:
         def opener(start: int, size: int | None) -> AbstractAsyncContextManager[BlobStream]:
             return self._registry.open_url(layer.location, start=start, size=size)
 
-        return await self._repositories.open_content(layer.gzip_digest, opener, layer.gzip_size)
+        origin = f"{layer.gzip_size} bytes at {layer.location}"
+        return await self._repositories.open_content(origin, layer.gzip_digest, opener, layer.gzip_size)

@@ -56,7 +56,7 @@ class Puller:
         if route.kind == "tags":
             return await self._tags(route, target)
         if request.method == "HEAD":
-            return await self._blob_head(target)
+            return await self._blob_head(request, target)
         return await self._blob(request, target)
 
     # --- manifests ---------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class Puller:
 
     # --- blobs -------------------------------------------------------------------------------------------------
 
-    async def _blob_head(self, target: Target) -> Reply:
+    async def _blob_head(self, request: Request, target: Target) -> Reply:
         size: int | None
         layer = _requested_layer(target)
         if layer is not None:
@@ -143,6 +143,8 @@ class Puller:
             size = len(made.content)
         else:
             size = await self._repositories.find_size(target.registry, target.repository, target.reference)
+            if size is None:
+                return await self._blob(request, target)  # upstream tells its size to nobody who does not fetch it
         return Reply(200, _blob_headers(target.reference, "HIT"), length=size)
 
     async def _blob(self, request: Request, target: Target) -> Reply:
@@ -208,6 +210,8 @@ def _send(request: Request, digest: str, content: OpenBlob | bytes) -> Reply:
         source.close()
         raise
     start, end = span or (0, content.size)
+    if isinstance(source, FillReader):
+        source.withhold(end)
     return _partial(Reply(200, headers, FileBody(source, start, end)), span, content.size)
 
 

@@ -16,7 +16,7 @@ from wave_proxy.state.tokens import TokenStore
 
 _log = structlog.get_logger()
 
-_MEMORY = 20_000
+_MEMORY_BYTES = 64 << 20
 _RECONNECT_S = 1.0
 _DIGEST_TAG_LENGTH = len("sha256-") + 12
 
@@ -46,6 +46,7 @@ class Target:
 class _Known:
     request: ContainerRequest
     image: Reference
+    size: int
 
 
 class Resolver:
@@ -54,6 +55,8 @@ class Resolver:
     def __init__(self, tokens: TokenStore) -> None:
         self._tokens = tokens
         self._memory: OrderedDict[str, _Known] = OrderedDict()
+        self._bytes = 0
+        self._deletions = 0
         self._looking_up: Flights[str, _Known | None] = Flights()
 
     async def resolve(self, route: Route) -> Target:
@@ -69,13 +72,22 @@ class Resolver:
         return Target(image.registry, image.repository, _reference(route, image), route.token, known.request)
 
     async def _look_up(self, token: str) -> _Known | None:
+        deletions = self._deletions
         record = await self._tokens.find_record(token)
         if record is None or not record.is_valid(time()):
             return None
-        known = self._memory[token] = _Known(record.request, parse_reference(record.request.image))
-        if len(self._memory) > _MEMORY:
-            self._memory.popitem(last=False)
+        if self._deletions != deletions:
+            return await self._look_up(token)  # it may have been this one
+        known = self._memory[token] = _Known(record.request, parse_reference(record.request.image), record.size)
+        self._bytes += known.size
+        while self._bytes > _MEMORY_BYTES and len(self._memory) > 1:
+            self._forget(next(iter(self._memory)))
         return known
+
+    def _forget(self, token: str) -> None:
+        known = self._memory.pop(token, None)
+        if known is not None:
+            self._bytes -= known.size
 
     async def close(self) -> None:
         """End what is being looked up."""
@@ -86,11 +98,14 @@ class Resolver:
         while True:
             try:
                 async for token in self._tokens.deletions():
-                    self._memory.pop(token, None)
+                    self._deletions += 1
+                    if token:
+                        self._forget(token)
+                    else:  # what was announced before is lost: look every token up again
+                        self._memory.clear()
+                        self._bytes = 0
             except StateUnavailable as err:
                 _log.warning("no word of deleted tokens", error=str(err))
-            # What was announced meanwhile is lost: look every token up again.
-            self._memory.clear()
             await asyncio.sleep(_RECONNECT_S)
 
 

@@ -1,0 +1,101 @@
+"""For tests of the pull path: one worker's port with everything behind it, in this process, over a real Redis."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Any
+
+from bench.images import Layer as MadeLayer
+from bench.upstream import Upstream
+from tests.cached import Worker, worker
+from tests.servers import PulledImage, Response, http_request, pull
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.serve.app import App
+from wave_proxy.serve.augment import Augmenter
+from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.http import Limits, Server
+from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.resolve import Resolver
+from wave_proxy.state.redis import connect
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.egress import unix_session
+
+
+@dataclass
+class Port:
+    """A worker that answers."""
+
+    address: str
+    worker: Worker
+    tokens: TokenStore
+    augmenter: Augmenter
+
+    async def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Response:
+        return await asyncio.to_thread(http_request, self.address, method, path, headers=headers)
+
+    async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
+        return await self.request("GET", path, headers)
+
+    async def pull(self, repository: str, reference: str) -> PulledImage:
+        """Everything of an image, each digest and size checked."""
+        return await asyncio.to_thread(pull, self.address, repository, reference)
+
+    async def submit(
+        self, image: str, config: ContainerConfig | None = None, *platforms: str, lifetime_s: float = 600
+    ) -> str:
+        """A new token for that image; returns what its repository begins with."""
+        now = time()
+        request = ContainerRequest(image, config or ContainerConfig(), platforms, created=now, expires=now + lifetime_s)
+        return f"wt/{await self.tokens.put(request)}"
+
+
+@asynccontextmanager
+async def port(
+    root: Path, redis_url: str, *upstreams: Upstream, ttl_s: float = 60.0, response_timeout_s: float = 30.0
+) -> AsyncIterator[Port]:
+    """A worker over ``root``; when the test is through with it, nothing of it may be left."""
+    async with AsyncExitStack() as stack:
+        redis = connect(redis_url)
+        stack.push_async_callback(redis.aclose)
+        tokens = TokenStore(redis)
+        one = await stack.enter_async_context(
+            worker(root, *upstreams, ttl_s=ttl_s, response_timeout_s=response_timeout_s)
+        )
+        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens)
+        stack.push_async_callback(augmenter.close)
+        stack.push_async_callback(resolver.close)
+        layers = Layers(one.repositories, one.registry, one.blobs, tokens)
+        puller = Puller(resolver, one.repositories, augmenter, layers, one.registry, tokens)
+        forwarder = Forwarder(unix_session(str(root / "no-api.sock"), limit=1))
+        stack.push_async_callback(forwarder.close)
+        server = Server(App(puller, forwarder, "none"), Limits())
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        number = listener.sockets[0].getsockname()[1]
+        try:
+            yield Port(f"127.0.0.1:{number}", one, tokens, augmenter)
+        finally:
+            listener.close()
+            await server.shut_down(grace_s=1)
+
+
+def inline(layer: MadeLayer) -> Layer:
+    """The layer as a request carries it."""
+    return Layer(layer.inline()["location"], layer.digest, layer.size, layer.diff_id)
+
+
+def at(location: str, layer: MadeLayer) -> Layer:
+    """The layer as a request names it elsewhere."""
+    return Layer(location, layer.digest, layer.size, layer.diff_id)
+
+
+def error_of(answer: Response) -> tuple[int, str, str]:
+    """Status, code and message of an error in the distribution spec's shape."""
+    assert answer.headers["Content-Type"] == "application/json"
+    errors: list[dict[str, Any]] = json.loads(answer.body)["errors"]
+    assert len(errors) == 1
+    return answer.status, errors[0]["code"], errors[0]["message"]
