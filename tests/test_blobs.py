@@ -130,3 +130,18 @@ def test_files_are_for_their_owner_to_write(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     store.put(DIGEST, CONTENT)
     assert stat.S_IMODE(store.path(DIGEST).stat().st_mode) & 0o022 == 0
+
+
+@pytest.mark.parametrize("left", [0, 10, len(CONTENT) - 1])
+def test_blob_that_was_cut_short_is_dropped(tmp_path: Path, left: int) -> None:
+    store = BlobStore(tmp_path)
+    store.put(DIGEST, CONTENT)
+    try:
+        os.getxattr(store.path(DIGEST), "user.wave.size")
+    except OSError:
+        pytest.skip("the file system has no extended attributes")
+    os.truncate(store.path(DIGEST), left)
+    assert store.find(DIGEST) is None
+    assert not store.path(DIGEST).exists()
+    store.put(DIGEST, CONTENT)
+    assert content_of(store.find(DIGEST)) == CONTENT

@@ -154,3 +154,20 @@ async def test_fills_keep_the_cap_and_their_readers(upstream: Callable[..., Upst
         assert 0 not in kept(one.blobs)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("age_days", "stays"), [(1, True), (31, False)])
+def test_grants_and_tags_of_long_ago(tmp_path: Path, age_days: int, stays: bool) -> None:
+    paths = [tmp_path / folder / "x" / "y" for folder in ("grants", "tags")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, time() - age_days * 86400))
+    Evictor(tmp_path, 1 << 40).evict()
+    assert [path.exists() for path in paths] == [stays, stays]
+
+
+def test_links_in_a_circle_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "loop").symlink_to(tmp_path / "blobs" / "loop")
+    assert Evictor(tmp_path, 1).evict() == 0

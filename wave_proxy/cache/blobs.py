@@ -2,7 +2,8 @@
 
 ``<root>/blobs/<algorithm>/<first two hex>/<hex>``. A reader holds a shared lock on its file, the evictor needs an
 exclusive one, so nothing is freed while it is read, in whichever process. A file's modification time is when it was
-last used.
+last used. Where the file system has extended attributes, one holds the size that was verified: a file that a crash of
+the machine has cut short is noticed when it is opened, and dropped.
 """
 
 import errno
@@ -17,6 +18,7 @@ from wave_proxy.errors import StorageFull
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 SIZE_SUFFIX = ".size"  # beside a spool: the blob's size in bytes, or nothing when upstream does not tell
+_SIZE_ATTRIBUTE = "user.wave.size"
 _TOUCH_AFTER_S = 60.0  # the order of eviction needs no better; spares most reads a write
 
 
@@ -59,10 +61,13 @@ class BlobStore:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             status = os.fstat(fd)
+            if _verified_size(fd, status.st_size) != status.st_size:
+                self.discard(digest)
+                raise _Damaged
             if status.st_mtime < time() - _TOUCH_AFTER_S:
                 with suppress(OSError):  # a read-only store still serves
                     os.utime(fd)
-        except BlockingIOError:
+        except (BlockingIOError, _Damaged):
             os.close(fd)
             return None
         except BaseException:
@@ -73,6 +78,7 @@ class BlobStore:
     def put(self, digest: str, content: bytes) -> None:
         """Store content whose digest the caller has verified. Raises StorageFull."""
         write_whole(self.path(digest), content)
+        _note_verified_size(self.path(digest), len(content))
 
     def discard(self, digest: str) -> None:
         """Drop a blob that was found damaged; who reads it goes on reading."""
@@ -83,7 +89,24 @@ class BlobStore:
         """Make a verified and synced file of the same file system visible as that blob."""
         path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _note_verified_size(spool, spool.stat().st_size)
         os.rename(spool, path)
+
+
+class _Damaged(Exception):
+    """A file that is not as long as it was when it was verified."""
+
+
+def _note_verified_size(path: Path, size: int) -> None:
+    with suppress(OSError):  # a file system without such attributes
+        os.setxattr(path, _SIZE_ATTRIBUTE, b"%d" % size)
+
+
+def _verified_size(fd: int, default: int) -> int:
+    try:
+        return int(os.getxattr(fd, _SIZE_ATTRIBUTE))
+    except OSError:
+        return default
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = True) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from time import time
+from time import monotonic, time
 
 import structlog
 
@@ -23,6 +23,8 @@ _log = structlog.get_logger()
 _LOW_WATER = 0.95  # evict down to this share of the cap, so that not every new blob starts a walk
 _STALE_SPOOL_S = 3600.0
 _INTERVAL_S = 30.0
+_OLD_NOTE_S = 30 * 86400.0
+_NOTES_INTERVAL_S = 6 * 3600.0  # there may be a million of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Evictor:
         self._root = root
         self.max_bytes = max_bytes
         self._nudged = asyncio.Event()
+        self._next_notes = 0.0
 
     def nudge(self) -> None:
         """Look at the sizes soon: a blob was added."""
@@ -66,6 +69,7 @@ class Evictor:
             except BlockingIOError:
                 return 0  # another process is at it
             self._drop_stale_spools()
+            self._drop_old_notes()
             stored = [*_files(self._root / "blobs"), *_files(self._root / "manifests")]
             files = sorted(stored, key=lambda file: file.used)
             total = sum(file.size for file in files) + sum(file.size for file in _files(self._root / "spool"))
@@ -87,6 +91,15 @@ class Evictor:
             if _unlink_unread(file.path):
                 freed += file.size
         return freed
+
+    def _drop_old_notes(self) -> None:
+        """Grants and tags that nobody has renewed for a month: upstream can be asked again."""
+        if monotonic() < self._next_notes:
+            return
+        self._next_notes = monotonic() + _NOTES_INTERVAL_S
+        for file in (*_files(self._root / "grants"), *_files(self._root / "tags")):
+            if file.used < time() - _OLD_NOTE_S:
+                _unlink_unread(file.path)
 
     def _drop_stale_spools(self) -> None:
         for file in _files(self._root / "spool"):
