@@ -89,6 +89,10 @@ async def test_known_tag_is_given_when_upstream_fails(tmp_path: Path, clock: lis
         answer = await who.find(NAME, upstream)
         assert (answer.digest, answer.checked, answer.stale) == (OLD, checked, True)
     upstream.error = None
+    asked = upstream.asked
+    assert (await tags.find(NAME, upstream)).stale  # the registry is left alone for a moment
+    assert upstream.asked == asked
+    clock[0] += 11
     recovered = await tags.find(NAME, upstream)
     assert (recovered.digest, recovered.stale) == (NEW, False)
 
@@ -159,3 +163,39 @@ async def test_name_may_be_anything(tmp_path: Path) -> None:
         assert (await tags.find(name, upstream)).digest == OLD
     assert not (tmp_path / "etc").exists()
     assert len(files_in(tmp_path, "tags")) == 4
+
+
+async def test_while_one_asks_the_others_get_what_is_known(tmp_path: Path, clock: list[float]) -> None:
+    tags, silent = Tags(tmp_path, 60), asyncio.Event()
+    upstream = Upstream()
+    first = await tags.find(NAME, upstream)
+
+    async def ask() -> str:
+        await silent.wait()
+        return NEW
+
+    clock[0] += 61
+    asking = asyncio.create_task(tags.find(NAME, ask))
+    await asyncio.sleep(0)
+    others = await asyncio.gather(*(tags.find(NAME, ask) for _ in range(10)))
+    assert {(other.digest, other.stale) for other in others} == {(first.digest, True)}
+    assert not asking.done()
+    silent.set()
+    assert (await asking).digest == NEW
+
+
+async def test_the_one_who_asks_is_not_held_up_by_a_silent_upstream(tmp_path: Path, clock: list[float]) -> None:
+    tags, silent = Tags(tmp_path, 60), asyncio.Event()
+    first = await tags.find(NAME, Upstream())
+
+    async def ask() -> str:
+        await silent.wait()
+        return NEW
+
+    clock[0] += 61
+    answer = await tags.find(NAME, ask)
+    assert (answer.digest, answer.stale) == (first.digest, True)
+    silent.set()
+    while (await tags.find(NAME, ask)).digest != NEW:
+        await asyncio.sleep(0)
+    await tags.close()

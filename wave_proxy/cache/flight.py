@@ -26,6 +26,10 @@ class Flights(Generic[K, V]):
             task.add_done_callback(_take_exception)
         return await asyncio.shield(task)
 
+    def __contains__(self, key: K) -> bool:
+        """Whether a call is under way for ``key``."""
+        return key in self._tasks
+
     async def _finish(self, key: K, call: Callable[[], Awaitable[V]]) -> V:
         try:
             return await call()

@@ -3,6 +3,7 @@
 ``<root>/tags/<hash of registry/repository:tag>`` is JSON, so that the workers of a machine share the answers.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from wave_proxy.errors import HostUnknown, StorageFull, TooManyRequests, Upstrea
 _log = structlog.get_logger()
 
 _MEMORY = 20_000
+_PATIENCE_S = 1.0
+_LEFT_ALONE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,29 @@ class Tags:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ttl_s = ttl_s
         self._memory: OrderedDict[str, TagAnswer] = OrderedDict()
+        self._down_until: dict[str, float] = {}  # by registry; only of registries that have answered before
         self._asking: Flights[str, TagAnswer] = Flights()
 
     async def find(self, name: str, ask: Callable[[], Awaitable[str]]) -> TagAnswer:
         """The digest of ``name`` (``registry/repository:tag``), from ``ask`` when what we know is older than the ttl.
 
-        One request asks, the others of this worker wait for it. When upstream can't answer (no connection, 429, 5xx),
-        a known digest is given as stale; otherwise ``ask``'s error is raised.
+        One request of this worker asks. Where a digest is known, the others get that meanwhile, and so does the one
+        that asks when upstream is slow or can't answer (no connection, 429, 5xx), marked as stale; a registry that
+        could not answer is left alone for some seconds. Where none is known, all wait, and get ``ask``'s error.
         """
         known = self._recall(name)
         if known is not None and self._is_fresh(known):
             return known
-        return await self._asking.run(name, lambda: self._ask(name, known, ask))
+        if known is None:
+            return await self._asking.run(name, lambda: self._ask(name, None, ask))
+        stale = TagAnswer(known.digest, known.checked, stale=True)
+        if name in self._asking or time() < self._down_until.get(_registry(name), 0):
+            return stale
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                return await self._asking.run(name, lambda: self._ask(name, known, ask))
+        except TimeoutError:  # the question goes on without us
+            return stale
 
     async def _ask(self, name: str, known: TagAnswer | None, ask: Callable[[], Awaitable[str]]) -> TagAnswer:
         try:
@@ -58,6 +72,7 @@ class Tags:
         except (UpstreamError, HostUnknown, TooManyRequests) as err:
             if known is None:
                 raise
+            self._down_until[_registry(name)] = time() + _LEFT_ALONE_S
             _log.warning("upstream does not answer, serving what is known", name=name, error=str(err))
             return TagAnswer(known.digest, known.checked, stale=True)
         self._remember(name, answer)
@@ -99,3 +114,7 @@ class Tags:
     def _path(self, name: str) -> Path:
         hashed = sha256(name.encode()).hexdigest()
         return self._folder / hashed[:2] / hashed
+
+
+def _registry(name: str) -> str:
+    return name.partition("/")[0]
