@@ -1,16 +1,17 @@
 # Every command does its own set-up in .venv; `make` alone lists them.
 PYTHON := .venv/bin/python
 SETUP_INPUTS := scripts/setup pyproject.toml setup.py $(wildcard wave_proxy/_fast/*.pyx)
-KERNELS := wave_proxy._fast.digest wave_proxy._fast.manifest
+KERNELS := wave_proxy._fast.digest wave_proxy._fast.manifest wave_proxy._fast.window
 ARGS ?=
 
-.PHONY: help demo test check bench venv docs dist clean
+.PHONY: help demo test check bench bench-kernels venv docs dist clean
 
 help:
 	@echo 'make demo    start everything on free ports, request an image, pull it with 50 clients, show how fast'
 	@echo 'make test    run the tests (ARGS="-k name" for some); installs missing Debian packages when it may'
 	@echo 'make check   ruff, mypy, the stubs of the kernels, the import rules'
-	@echo 'make bench   time the Cython kernels beside plain Python'
+	@echo 'make bench   wave-proxy beside nginx and distribution, a quick run (ARGS="--only warm-manifest" for a part)'
+	@echo 'make bench-kernels   the Cython kernels beside plain Python'
 	@echo 'make venv    only the environment for development: .venv, with the kernels compiled in place'
 	@echo 'make docs    write docs/configuration.md from the code'
 	@echo 'make dist    source distribution and wheel, in dist/'
@@ -30,7 +31,10 @@ check: .venv/.ready-check
 	$(PYTHON) -m mypy.stubtest $(KERNELS)
 	$(PYTHON) -m pytest -q tests/test_architecture.py
 
-bench: .venv/.ready-test
+bench: .venv/.ready-runtime
+	$(PYTHON) -m bench --quick $(ARGS)
+
+bench-kernels: .venv/.ready-test
 	$(PYTHON) -m pytest bench/bench_*.py --benchmark-only $(ARGS)
 
 venv: .venv/.ready-check
