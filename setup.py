@@ -5,7 +5,7 @@ import os
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-KERNELS = ("digest", "manifest")
+KERNELS = ("digest", "manifest", "window")
 
 # Our own builds (Makefile, CI) take every warning for an error; a user's newer compiler may know more of them.
 STRICT = ["-Wall", "-Werror"] if os.environ.get("WAVE_STRICT_BUILD") else []

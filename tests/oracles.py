@@ -69,3 +69,56 @@ def append_items(document: bytes, path: tuple[str | int, ...], items: bytes) -> 
     if not isinstance(array, list | None):
         raise ValueError("no array")
     return set_member(document, path, json.dumps([*(array or []), *json.loads(b"[" + items + b"]")]).encode())
+
+
+class Ledger:
+    """Twin of ``_fast.window.Ledger``."""
+
+    def __init__(self, quantum_s: float, window_s: float) -> None:
+        self.unused = 0
+        self.deadline = 0.0
+        self._quantum_s = quantum_s
+        self._window_s = window_s
+        self._uses: list[list[float]] = []  # instant of the first, of the last
+        self._counts: list[int] = []
+        self._frees: list[tuple[float, int]] = []
+
+    def take(self, now: float) -> bool:
+        """Use a permit; False when none is at hand."""
+        if self.unused == 0 or now >= self.deadline:
+            return False
+        self.unused -= 1
+        self.record(now)
+        return True
+
+    def record(self, now: float) -> None:
+        """Note a use."""
+        if self._uses and now - self._uses[-1][0] < self._quantum_s:
+            self._uses[-1][1] = max(self._uses[-1][1], now)
+            self._counts[-1] += 1
+            return
+        while self._uses and self._uses[0][1] <= now - self._window_s:
+            del self._uses[0], self._counts[0]
+        self._uses.append([now, now])
+        self._counts.append(1)
+
+    def settle(self) -> list[tuple[float, int]]:
+        """Give up the unused permits and hand over the uses."""
+        uses = [(last, count) for (_, last), count in zip(self._uses, self._counts, strict=True)]
+        self._uses, self._counts, self.unused = [], [], 0
+        return uses
+
+    def grant(self, permits: int, deadline: float, frees: list[tuple[float, int]]) -> None:
+        """Begin a lease."""
+        self.unused, self.deadline, self._frees = permits, deadline, frees
+
+    def delay(self, now: float, position: int) -> float:
+        """Seconds in which the permit for ``position`` can't free; 0.0: ask now."""
+        if self.unused or not self._frees or now >= self._frees[0][0]:
+            return 0.0
+        freed = 0
+        for instant, count in self._frees:
+            freed += count
+            if freed > position:
+                return instant - now
+        return self._frees[-1][0] - now

@@ -143,14 +143,25 @@ class NotImplementedHere(WaveError):
 
 
 class TooManyRequests(WaveError):
-    """A limit is reached, ours or upstream's."""
+    """A limit is reached, ours or upstream's; of ours the numbers are known: what ``RateLimit-*`` headers say."""
 
     status = 429
     code = "TOOMANYREQUESTS"
 
-    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: int | None = None,
+        *,
+        limit: int | None = None,
+        remaining: int | None = None,
+        reset_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.limit = limit
+        self.remaining = remaining
+        self.reset_s = reset_s
 
 
 class UpstreamError(WaveError):

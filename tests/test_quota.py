@@ -1,0 +1,576 @@
+"""Quotas over several processes and one real Redis: exact, complete, in order, and what is left when something dies."""
+
+import asyncio
+import gc
+import multiprocessing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from tests.servers import redis_program
+from wave_proxy._fast.window import Ledger
+from wave_proxy.errors import StateUnavailable, TooManyRequests
+from wave_proxy.state import quota
+from wave_proxy.state.quota import Limit, Quotas, Subject, parse_limit, subject_of
+from wave_proxy.state.redis import connect, wait_until_up
+
+ADA = subject_of("pull", "ada@example.com", "10.0.0.1")
+OPTIONS: Mapping[str, Any] = {"wait_s": 0.0}
+# Someone who was held runs a little after the decision; how much, the machine's other work says.
+HELD_SLACK_S = 0.05
+
+Admission = tuple[float, float]  # the decision was between these instants
+
+
+@asynccontextmanager
+async def running(url: str, limit: Limit | None, **options: Any) -> AsyncIterator[Quotas]:
+    """One process's quotas, with their background work, closed at the end."""
+    async with connect(url) as redis:
+        quotas = Quotas(redis, {("pull", True): limit}, **{**OPTIONS, **options})
+        background = asyncio.create_task(quotas.run())
+        try:
+            yield quotas
+        finally:
+            background.cancel()
+            await asyncio.gather(background, return_exceptions=True)
+            await quotas.close()
+
+
+async def admitted(quotas: Quotas, subject: Subject = ADA) -> bool:
+    """Whether a request may go on, asked as the port does."""
+    if quotas.try_admit(subject):
+        return True
+    try:
+        await quotas.admit(subject)
+    except TooManyRequests:
+        return False
+    return True
+
+
+async def count(quotas: Quotas, tries: int, subject: Subject = ADA) -> int:
+    """How many of so many requests, one after the other, may go on."""
+    return sum([await admitted(quotas, subject) for _ in range(tries)])
+
+
+async def calls(url: str) -> int:
+    """How often the script was run."""
+    async with connect(url) as redis:
+        stats = await redis.info("commandstats")
+    return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+async def keys(url: str) -> list[bytes]:
+    async with connect(url) as redis:
+        return sorted(cast(list[bytes], await redis.keys("wave:quota:*")))
+
+
+async def places(url: str) -> int:
+    """How many places are taken."""
+    async with connect(url) as redis:
+        return int(await redis.hget("wave:quota:{pull:user:ada@example.com}:counts", "total") or 0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come. Raises TimeoutError."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "shown"),
+    [
+        ("100/1h", Limit(100, 3600.0), "100/1h"),
+        ("2000/1m", Limit(2000, 60.0), "2000/1m"),
+        (" 25 / 1d ", Limit(25, 86400.0), "25/1d"),
+        ("3/250ms", Limit(3, 0.25), "3/250ms"),
+        ("7/1.5s", Limit(7, 1.5), "7/1.5s"),
+        ("0/90m", Limit(0, 5400.0), "0/1.5h"),
+    ],
+)
+def test_a_limit_is_read_and_shown(text: str, limit: Limit, shown: str) -> None:
+    assert parse_limit(text) == limit
+    assert str(limit) == shown
+    assert parse_limit(shown) == limit
+
+
+@pytest.mark.parametrize("text", ["", "100", "100/h", "-1/1h", "1.5/1h", "100/1w", "100/0s", "Off", "100/1h x"])
+def test_what_is_no_limit_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_limit(text)
+    assert parse_limit("off") is None
+
+
+@pytest.mark.parametrize(
+    ("email", "address", "name"),
+    [
+        ("ada@example.com", "10.0.0.1", "ada@example.com"),
+        (None, "10.0.0.1", "10.0.0.1"),
+        ("", "10.0.0.1", "10.0.0.1"),
+        (None, "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        (None, "2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        (None, "::ffff:10.0.0.1", "10.0.0.1"),
+        (None, "fe80::1%eth0", "fe80::/64"),
+        (None, "unknown", "unknown"),
+    ],
+)
+def test_who_is_counted(email: str | None, address: str, name: str) -> None:
+    assert subject_of("pull", email, address) == Subject("pull", name, bool(email))
+
+
+def test_an_address_is_never_a_user() -> None:
+    assert subject_of("pull", "10.0.0.1", "").key != subject_of("pull", None, "10.0.0.1").key
+    assert subject_of("pull", None, "10.0.0.1").key != subject_of("build", None, "10.0.0.1").key
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_limit_is_let_in_and_no_more(redis_url: str) -> None:
+    async with running(redis_url, Limit(20, 60.0)) as quotas:
+        assert await count(quotas, 50) == 20
+        assert await count(quotas, 50, subject_of("pull", "bob@example.com", "")) == 20
+
+
+async def test_without_a_limit_redis_is_not_asked(redis_url: str) -> None:
+    async with running(redis_url, None) as quotas:
+        assert quotas.try_admit(ADA)
+        assert await count(quotas, 1000) == 1000
+        await quotas.admit(subject_of("build", None, "10.0.0.1"))
+    assert await calls(redis_url) == 0
+    assert await keys(redis_url) == []
+
+
+async def test_a_limit_of_zero_lets_nobody_in(redis_url: str) -> None:
+    async with running(redis_url, Limit(0, 60.0)) as quotas:
+        assert await count(quotas, 3) == 0
+
+
+async def test_a_refusal_says_who_what_and_when(redis_url: str) -> None:
+    async with connect(redis_url) as redis:
+        quotas = Quotas(redis, {("pull", False): Limit(2, 60.0), ("pull", True): Limit(9, 1.0)}, wait_s=0.0)
+        someone = subject_of("pull", None, "2001:db8::1")
+        assert await count(quotas, 2, someone) == 2
+        with pytest.raises(TooManyRequests) as raised:
+            await quotas.admit(someone)
+        await quotas.close()
+    error, message = raised.value, str(raised.value)
+    assert (error.limit, error.remaining) == (2, 0)
+    assert error.retry_after_s == error.reset_s
+    assert error.retry_after_s in (59, 60, 61)
+    assert message.startswith("Request exceeded pull rate limit for IP 2001:db8::/64: 2/1m; try again in ")
+    assert message.endswith("Z (users with an access token have 9/1s)")
+
+
+async def test_the_common_case_is_decided_in_memory(redis_url: str) -> None:
+    async with running(redis_url, Limit(100_000, 60.0)) as quotas:
+        assert await count(quotas, 5000) == 5000
+        assert await calls(redis_url) < 30
+
+
+async def test_a_refusal_is_remembered(redis_url: str) -> None:
+    async with running(redis_url, Limit(3, 600.0)) as quotas:
+        assert await count(quotas, 4) == 3
+        # What the last lease was used for is reported when it ends, whether anybody asks or not.
+        before = await calls(redis_url)
+        assert await count(quotas, 2000) == 0
+        assert await calls(redis_url) <= before + 1
+
+
+async def test_single_permits_are_a_period_apart(redis_url: str) -> None:
+    decided: list[Admission] = []
+    async with running(redis_url, Limit(1, 0.3), wait_s=5.0) as quotas:
+        for _ in range(6):
+            before = monotonic()
+            await quotas.admit(ADA)
+            decided.append((before, monotonic()))
+    gaps = [after - before for (before, _), (_, after) in pairwise(decided)]
+    assert min(gaps) >= 0.3
+
+
+async def test_who_waits_is_let_in_in_order(redis_url: str) -> None:
+    order: list[int] = []
+
+    async def wait(quotas: Quotas, number: int) -> None:
+        await quotas.admit(ADA)
+        order.append(number)
+
+    async with running(redis_url, Limit(5, 0.5), wait_s=30.0) as quotas:
+        async with asyncio.TaskGroup() as group:
+            for number in range(18):
+                group.create_task(wait(quotas, number))
+        assert order == list(range(18))
+
+
+async def test_who_gives_up_waiting_takes_nobodys_place(redis_url: str) -> None:
+    async with running(redis_url, Limit(2, 0.5), wait_s=30.0) as quotas:
+        assert await count(quotas, 2) == 2
+        gone = [asyncio.create_task(quotas.admit(ADA)) for _ in range(50)]
+        await asyncio.sleep(0.05)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        began = monotonic()
+        await asyncio.gather(quotas.admit(ADA), quotas.admit(ADA))
+        assert monotonic() - began < 5.0
+        assert all(task.cancelled() for task in gone)
+
+
+async def test_nobody_is_held_who_can_not_be_let_in_within_the_wait(redis_url: str) -> None:
+    async with running(redis_url, Limit(4, 600.0), wait_s=10.0) as quotas:
+        assert await count(quotas, 4) == 4
+        assert await count(quotas, 100) == 0
+    async with running(redis_url, Limit(3, 1.0), wait_s=1.3) as quotas:
+        bob = subject_of("pull", "bob@example.com", "")
+        assert await count(quotas, 3, bob) == 3
+        await asyncio.sleep(0.15)  # the last lease is reported: it is known when each permit frees
+        assert await count(quotas, 1, bob) == 1
+
+
+async def test_only_so_many_are_held(redis_url: str) -> None:
+    async with running(redis_url, Limit(2, 1.0), wait_s=30.0, max_waiting=3) as quotas:
+        assert await count(quotas, 2) == 2
+        answers = await asyncio.gather(*(admitted(quotas) for _ in range(10)))
+        assert answers == [True] * 3 + [False] * 7
+        assert await count(quotas, 1) == 1
+
+
+async def test_who_is_not_seen_for_long_is_forgotten_here_but_not_in_redis(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "_IDLE_S", 0.1)
+    somebodies = [subject_of("pull", f"{n}@example.com", "") for n in range(200)]
+
+    def remembered() -> int:
+        return sum(isinstance(thing, Ledger) for thing in gc.get_objects())
+
+    async with running(redis_url, Limit(3, 5.0)) as quotas:
+        assert await asyncio.gather(*(count(quotas, 2, somebody) for somebody in somebodies)) == [2] * 200
+        assert remembered() >= 100
+        await until(lambda: remembered() == 0)
+        assert await count(quotas, 3, somebodies[7]) == 1
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+async def hold_permits(quotas: Quotas) -> int:
+    """Use permits so fast that the next are leased ahead; returns how many were used."""
+    used = await count(quotas, 10)
+    assert quotas.try_admit(ADA), "nothing was leased ahead"
+    return used + 1
+
+
+async def test_what_a_process_does_not_use_comes_back_when_the_lease_ends(redis_url: str) -> None:
+    limit = Limit(100, 600.0)
+    async with running(redis_url, limit) as first, running(redis_url, limit) as second:
+        used = await hold_permits(first)
+        leased = await count(second, 200)
+        assert leased < 100 - used, "the first one's lease was free"
+        before = await calls(redis_url)
+        async with asyncio.timeout(20):
+            while leased + used < 100:
+                leased += await count(second, 200)
+                await asyncio.sleep(0.01)
+        assert await count(second, 200) == 0
+        assert await calls(redis_url) < before + 20
+
+
+async def test_what_a_process_does_not_use_comes_back_when_it_closes(redis_url: str) -> None:
+    limit = Limit(100, 600.0)
+    async with running(redis_url, limit) as second:
+        async with running(redis_url, limit) as first:
+            used = await hold_permits(first)
+        assert used + await count(second, 200) == 100
+
+
+async def test_what_is_kept_in_redis_is_bounded_and_expires(redis_url: str) -> None:
+    async with AsyncExitStack() as stack:
+        several = [await stack.enter_async_context(running(redis_url, Limit(10**9, 0.6))) for _ in range(3)]
+        ends = monotonic() + 1.5
+        while monotonic() < ends:
+            for quotas in several:
+                assert await count(quotas, 20) == 20
+        found = await keys(redis_url)
+        assert found == [f"wave:quota:{{pull:user:ada@example.com}}:{p}".encode() for p in ("counts", "free", "leases")]
+        async with connect(redis_url) as redis:
+            assert 2 < await redis.zcard(found[1]) <= 700
+            assert await redis.hlen(found[0]) == await redis.zcard(found[1]) + 1
+            assert await redis.hlen(found[2]) == 3
+            assert all([0 < await redis.ttl(key) <= 62 for key in found])
+
+
+@dataclass(frozen=True)
+class Storm:
+    """What one process does to one subject."""
+
+    url: str
+    limit: Limit
+    wait_s: float
+    clients: int
+    duration_s: float
+
+
+def storm_process(storm: Storm, pipe: Connection) -> None:
+    """Says that it is ready, waits for the word to begin, and sends its admissions."""
+    asyncio.run(_storm(storm, pipe))
+
+
+async def _storm(storm: Storm, pipe: Connection) -> None:
+    log: list[Admission] = []
+    async with running(storm.url, storm.limit, wait_s=storm.wait_s) as quotas:
+        pipe.send("ready")
+        began: float = pipe.recv()
+        ends = began + storm.duration_s
+        async with asyncio.TaskGroup() as group:
+            for _ in range(storm.clients):
+                group.create_task(_storm_client(quotas, ends, log))
+    pipe.send(log)
+
+
+async def _storm_client(quotas: Quotas, ends: float, log: list[Admission]) -> None:
+    while (before := monotonic()) < ends:
+        if quotas.try_admit(ADA):
+            log.append((before, monotonic()))
+            continue
+        try:
+            await quotas.admit(ADA)
+        except TooManyRequests:
+            await asyncio.sleep(0)
+        else:
+            after = monotonic()
+            log.append((max(before, after - HELD_SLACK_S), after))
+
+
+@contextmanager
+def processes(storms: list[Storm]) -> Iterator[list[tuple[Any, Connection]]]:
+    """One process a storm, all of them ready; killed at the end if they still run."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        started = []
+        for storm in storms:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=storm_process, args=(storm, theirs))
+            process.start()
+            theirs.close()
+            stack.callback(process.close)
+            stack.callback(process.join)
+            stack.callback(process.kill)
+            stack.callback(ours.close)
+            started.append((process, ours))
+        for _, pipe in started:
+            assert pipe.recv() == "ready"
+        yield started
+
+
+def most_in_a_period(decided: list[Admission], period_s: float) -> int:
+    """The greatest number of decisions that certainly fell into one window."""
+    decided = sorted(decided)
+    ends = (before + period_s for before, _ in decided)
+    return max(sum(after < end for _, after in decided[i:]) for i, end in enumerate(ends))
+
+
+def test_the_measure_itself() -> None:
+    decided = [(0.0, 0.1), (0.5, 0.6), (0.9, 1.05), (1.0, 1.0), (1.2, 1.3)]
+    assert most_in_a_period(decided, 1.0) == 4
+    assert most_in_a_period(decided[:4], 1.0) == 3
+    assert most_in_a_period(decided[:2], 1.0) == 2
+
+
+@pytest.mark.parametrize(("wait_s", "clients"), [(0.0, 4), (10.0, 4), (1.5, 300)])
+def test_a_storm_of_four_processes_gets_the_limit_and_never_more(redis_url: str, wait_s: float, clients: int) -> None:
+    limit, periods = Limit(200, 1.0), 3
+    storm = Storm(redis_url, limit, wait_s, clients, periods * limit.period_s + 0.2)
+    with processes([storm] * 4) as started:
+        for _, pipe in started:
+            pipe.send(monotonic())
+        decided = sorted(admission for _, pipe in started for admission in pipe.recv())
+    assert most_in_a_period(decided, limit.period_s) <= limit.max
+    first = decided[0][0]
+    within = sum(before < first + periods * limit.period_s for before, _ in decided)
+    assert within >= 0.99 * periods * limit.max
+
+
+def test_leases_of_a_killed_process_come_back(redis_url: str) -> None:
+    limit = Limit(200, 1.0)
+    doomed = Storm(redis_url, limit, 10.0, 50, 30.0)
+    other = Storm(redis_url, limit, 10.0, 4, 4.5)
+    with processes([doomed, doomed, other]) as started:
+        began = monotonic()
+        for _, pipe in started:
+            pipe.send(began)
+        other_pipe = started[2][1]
+        assert not other_pipe.poll(0.5)
+        for process, _ in started[:2]:
+            process.kill()
+        killed = monotonic()
+        decided: list[Admission] = other_pipe.recv()
+    assert most_in_a_period(decided, limit.period_s) <= limit.max
+    # A lease ends after a tenth of the period, and what it stood for a period later.
+    free_from = killed + 1.2 * limit.period_s
+    within = sum(free_from <= before < free_from + 2 * limit.period_s for before, _ in decided)
+    assert within >= 0.99 * 2 * limit.max
+
+
+async def test_what_a_dead_process_used_last_counts_from_then(redis_url: str) -> None:
+    limit = Limit(40, 2.0)
+    async with connect(redis_url) as redis:
+        dead = Quotas(redis, {("pull", True): limit}, wait_s=0.0)  # never reports its last lease
+        used = await hold_permits(dead)
+        await asyncio.sleep(0.1)  # its lease goes on for a little
+        decided: list[Admission] = []
+        while dead.try_admit(ADA):
+            decided.append((monotonic(), monotonic()))
+    assert decided, "the lease was over already"
+    async with running(redis_url, limit, wait_s=5.0) as quotas:
+        for _ in range(limit.max):
+            before = monotonic()
+            await quotas.admit(ADA)
+            after = monotonic()
+            decided.append((max(before, after - HELD_SLACK_S / 2), after))
+    assert used > 0
+    assert most_in_a_period(decided, limit.period_s) <= limit.max
+
+
+# --- without Redis ---------------------------------------------------------------------------------------------------
+
+
+class DurableRedis:
+    """A Redis that keeps what it knows when it is stopped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"unix://{folder}/redis.sock"
+        options = ["--port", "0", "--unixsocket", f"{folder}/redis.sock", "--dir", str(folder), "--save", ""]
+        self._command = [str(redis_program()), *options, "--appendonly", "yes", "--appendfsync", "always"]
+        self._process: Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        self._process = Popen(self._command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+        async with connect(self.url) as redis:
+            await wait_until_up(redis)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+async def durable() -> AsyncIterator[DurableRedis]:
+    with TemporaryDirectory(prefix="redis-") as folder:
+        redis = DurableRedis(Path(folder))
+        await redis.start()
+        yield redis
+        redis.stop()
+
+
+def events(logs: list[Any], word: str) -> int:
+    return sum(word in entry["event"] for entry in logs)
+
+
+async def test_without_redis_leases_serve_first_and_then_requests_go_on_uncounted(durable: DurableRedis) -> None:
+    limit = Limit(100, 600.0)
+    with capture_logs() as logs:
+        async with running(durable.url, limit, open_when_down=True) as quotas:
+            used = await hold_permits(quotas)
+            durable.stop()
+            assert quotas.try_admit(ADA)
+            assert await count(quotas, 300) == 300
+            used += 301
+            assert events(logs, "no permits can be leased") == 1
+            await durable.start()
+            await until(lambda: events(logs, "can be leased again") == 1)
+            # What went on meanwhile counts: far more than the limit did.
+            assert await count(quotas, 100) == 0
+            assert await places(durable.url) == used
+    assert events(logs, "no permits can be leased") == 1
+
+
+async def test_without_redis_requests_fail_when_so_configured(durable: DurableRedis) -> None:
+    with capture_logs() as logs:
+        async with running(durable.url, Limit(100, 600.0), open_when_down=False) as quotas:
+            await hold_permits(quotas)
+            durable.stop()
+            assert quotas.try_admit(ADA)
+            with pytest.raises(StateUnavailable):
+                while True:
+                    await quotas.admit(ADA)
+            for _ in range(50):
+                with pytest.raises(StateUnavailable):
+                    await quotas.admit(ADA)
+            assert events(logs, "no permits can be leased") == 1
+            await durable.start()
+            await until(lambda: events(logs, "can be leased again") == 1)
+            assert await admitted(quotas)
+
+
+async def test_a_remembered_refusal_outlives_redis(durable: DurableRedis) -> None:
+    async with running(durable.url, Limit(2, 600.0)) as quotas:
+        assert await count(quotas, 3) == 2
+        durable.stop()
+        assert await count(quotas, 100) == 0
+
+
+class Lossy:
+    """A Unix socket in front of Redis that loses every other answer of the script, after Redis has done the work."""
+
+    def __init__(self, url: str, folder: str) -> None:
+        self._target = url.removeprefix("unix://")
+        self._path = f"{folder}/lossy.sock"
+        self.url = f"unix://{self._path}"
+        self.lost = 0
+        self._scripts: list[bytes] = []
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._relay, self._path)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        redis_reader, redis_writer = await asyncio.open_unix_connection(self._target)
+        try:
+            while request := await reader.read(65536):
+                redis_writer.write(request)
+                answer = await redis_reader.read(65536)
+                if b"EVALSHA" in request and not answer.startswith(b"-NOSCRIPT"):
+                    self._scripts.append(request)
+                    if len(self._scripts) % 2:
+                        self.lost += 1
+                        break
+                writer.write(answer)
+        finally:
+            for end in (writer, redis_writer):
+                end.close()
+
+    async def repeat(self) -> None:
+        """Send every call of the script once more, as a connection would that was held up."""
+        reader, writer = await asyncio.open_unix_connection(self._target)
+        for request in self._scripts:
+            writer.write(request)
+            assert (await reader.read(65536)).startswith(b"*")
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_an_answer_that_is_lost_and_a_call_that_comes_late_change_nothing(redis_url: str) -> None:
+    with TemporaryDirectory(prefix="lossy-") as folder:
+        proxy = Lossy(redis_url, folder)
+        async with await proxy.serve(), running(proxy.url, Limit(30, 600.0)) as quotas:
+            assert await count(quotas, 100) == 30
+            assert proxy.lost > 2
+            assert await places(redis_url) == 30
+            await proxy.repeat()
+            assert await places(redis_url) == 30
+            assert await count(quotas, 100) == 0
