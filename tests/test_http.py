@@ -18,7 +18,8 @@ import uvloop
 from bench.images import random_blob
 from wave_proxy.errors import UpstreamUnavailable, WaveError
 from wave_proxy.serve import http
-from wave_proxy.serve.http import FileBody, Handler, Limits, Reply, Request, Server
+from wave_proxy.serve.http import Handler, Limits, Server
+from wave_proxy.serve.messages import FileBody, Reply, Request
 
 P = ParamSpec("P")
 

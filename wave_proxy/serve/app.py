@@ -10,7 +10,7 @@ import structlog
 
 from wave_proxy.errors import MethodNotAllowed, Overloaded, RangeInvalid, RequestInvalid, WaveError, clip
 from wave_proxy.serve.forward import Forwarder
-from wave_proxy.serve.http import Reply, Request
+from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.pull import API_VERSION, Puller
 from wave_proxy.serve.route import is_registry_path
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 
 from wave_proxy.errors import UpstreamUnavailable
-from wave_proxy.serve.http import Reply, Request
+from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.upstream.egress import Session
 
 # RFC 9110 §7.6.1: these are between two neighbours, and we are one.

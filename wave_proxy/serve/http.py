@@ -8,163 +8,26 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from email.utils import formatdate
-from http import HTTPStatus
-from time import time
-from typing import Protocol as Interface
+from dataclasses import dataclass
 from typing import cast
 
 import httptools
 import structlog
 
 from wave_proxy.errors import BodyTooLarge, RequestInvalid, WaveError
+from wave_proxy.serve.messages import Body, FileBody, Reply, Request, Stream, format_head
 
 _log = structlog.get_logger()
 
 SEND_BYTES = 1 << 20  # one sendfile call: large enough to be cheap, small enough to be fair between clients
-READ_BYTES = 1 << 16  # one read where sendfile can't be used (TLS); also what a body may buffer twice of
+READ_BYTES = 1 << 16  # one read where sendfile can't be used (TLS)
 SMALL_BYTES = 1 << 15  # bodies up to this go out in one write with their head
 MAX_WAITING = 16  # parsed requests that wait behind the one being answered
 LINGER_S = 5.0  # a client that is still sending when it was answered may do so for this long, unread
 
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
 _BODILESS = frozenset({204, 304})
-
-
-class Source(Interface):
-    """A file that may still grow: a blob in the store, or its spool while it is filled."""
-
-    fd: int
-
-    def readable(self) -> int:
-        """Bytes from the start of the file that may be sent now."""
-
-    async def wait(self, offset: int) -> None:
-        """Return when more than ``offset`` bytes are readable. Raises WaveError when that won't happen."""
-
-    def close(self) -> None:
-        """Give the file back. Called once."""
-
-
-@dataclass(slots=True)
-class FileBody:
-    """Bytes ``start`` to ``end`` (exclusive) of a source."""
-
-    source: Source
-    start: int
-    end: int
-
-
-class Stream(Interface):
-    """Bytes that come from elsewhere while they are sent."""
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """The bytes, piece by piece. Raises WaveError to cut the answer off."""
-
-    async def aclose(self) -> None:
-        """Give up what the stream holds, read to its end or not. Called once."""
-
-
-@dataclass(slots=True)
-class Reply:
-    """An answer. ``length`` is that of the body when it is a stream of known length or is not sent (HEAD)."""
-
-    status: int
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | FileBody | Stream = b""
-    length: int | None = None
-    close: bool = False
-
-    def content_length(self) -> int | None:
-        """Length of the body in bytes; None when only its end will tell."""
-        if self.length is not None:
-            return self.length
-        match self.body:
-            case bytes():
-                return len(self.body)
-            case FileBody():
-                return self.body.end - self.body.start
-        return None
-
-
-class Body:
-    """A request's body as it arrives; reading it is what lets more of it arrive."""
-
-    def __init__(self, connection: "Connection", limit: int, timeout_s: float, expects_continue: bool) -> None:
-        self._connection = connection
-        self._limit = limit
-        self._timeout_s = timeout_s
-        self._chunks: deque[bytes] = deque()
-        self._buffered = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._expects_continue = expects_continue
-        self.error: Exception | None = None
-        self.received = 0
-        self.complete = False
-
-    def feed(self, chunk: bytes) -> None:
-        self.received += len(chunk)
-        if self.received > self._limit:
-            self.fail(BodyTooLarge(f"the request's body is over the limit of {self._limit} bytes"))
-            return
-        self._chunks.append(chunk)
-        self._buffered += len(chunk)
-        if self._buffered > 2 * READ_BYTES:
-            self._connection.pause_reading()
-        self._wake()
-
-    def end(self) -> None:
-        self.complete = True
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        self.error = self.error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes. Raises BodyTooLarge, ConnectionResetError when the client left, TimeoutError."""
-        if self._expects_continue and not self.received and self.error is None:
-            self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while True:
-            while self._chunks and self.error is None:
-                chunk = self._chunks.popleft()
-                self._buffered -= len(chunk)
-                yield chunk
-            if self.error is not None:
-                raise self.error
-            if self.complete:
-                return
-            self._connection.resume_reading()
-            self._waiter = asyncio.get_running_loop().create_future()
-            if not self._chunks and not self.complete and self.error is None:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._waiter
-
-
-@dataclass(slots=True)
-class Request:
-    """A request as it was sent. Header names are lower case; ``client`` is the peer's address without its port."""
-
-    method: str
-    target: str
-    headers: list[tuple[bytes, bytes]]
-    body: Body
-    client: str
-    keep_alive: bool
-    http_1_0: bool
-    malformed: str = ""
-
-    def header(self, name: bytes) -> str | None:
-        """The value of a header, its lines joined by commas; None when it is absent."""
-        values = [value for key, value in self.headers if key == name]
-        return b", ".join(values).decode("latin-1") if values else None
 
 
 Handler = Callable[[Request], Awaitable[Reply]]
@@ -468,7 +331,7 @@ class Connection(asyncio.Protocol):
         chunked = endless and not request.http_1_0
         unread = not request.body.complete and not request.malformed
         close = reply.close or not request.keep_alive or unread or self._server.closing or (endless and not chunked)
-        head = _head(reply, length, chunked=chunked, close=close, http_1_0=request.http_1_0)
+        head = format_head(reply, length, chunked=chunked, close=close, http_1_0=request.http_1_0)
         if request.method == "HEAD" or bodiless:
             self.write(head)
         else:
@@ -577,22 +440,3 @@ class Connection(asyncio.Protocol):
 def _resolve(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _head(reply: Reply, length: int | None, *, chunked: bool, close: bool, http_1_0: bool) -> bytes:
-    lines = [f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, 'Unknown')}"]
-    lines += [f"{name}: {value}" for name, value in reply.headers]
-    if length is not None:
-        lines.append(f"Content-Length: {length}")
-    elif chunked:
-        lines.append("Transfer-Encoding: chunked")
-    if close:
-        lines.append("Connection: close")
-    elif http_1_0:
-        lines.append("Connection: keep-alive")
-    lines.append(f"Date: {formatdate(int(time()), usegmt=True)}")
-    head = "\r\n".join(lines)
-    # A header that upstream or a user had a hand in must not end the head early.
-    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
-        raise ValueError("control character in a reply's header")
-    return head.encode("latin-1", "replace") + b"\r\n\r\n"

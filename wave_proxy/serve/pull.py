@@ -10,8 +10,8 @@ from wave_proxy.cache.repositories import CacheState, OpenBlob, Repositories
 from wave_proxy.errors import ManifestUnknown, RangeInvalid, StateUnavailable
 from wave_proxy.image.request import Layer
 from wave_proxy.serve.augment import Augmenter
-from wave_proxy.serve.http import FileBody, Reply, Request
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.messages import FileBody, Reply, Request
 from wave_proxy.serve.ranges import parse_range
 from wave_proxy.serve.resolve import Resolver, Target, own_target
 from wave_proxy.serve.route import Route, parse_route

@@ -2,9 +2,10 @@
 
 import re
 
-from wave_proxy.errors import RangeInvalid
+from wave_proxy.errors import RangeInvalid, clip
 
-_RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*")
+_MAX_CHARS = 200
+_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*")
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -12,7 +13,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
 
     Raises RangeInvalid when the span begins behind the end.
     """
-    match = _RANGE.fullmatch(header) if header else None
+    match = _RANGE.fullmatch(header) if header and len(header) <= _MAX_CHARS else None
     if match is None or match[1] == match[2] == "":
         return None
     if match[1] == "":
@@ -22,5 +23,5 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
         if match[2] and int(match[2]) < start:
             return None  # reversed: not a valid Range, so it counts as none
     if start >= size:
-        raise RangeInvalid(f"the range {header[:100] if header else ''!r} is outside of the {size} bytes", size)
+        raise RangeInvalid(f"the range {clip(header)} is outside of the {size} bytes", size)
     return start, end
