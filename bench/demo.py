@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gzip import compress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from shutil import which
+from shutil import rmtree, which
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired, run
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -29,6 +29,7 @@ from bench.herd import Herd, Load, Pull, PullFailed, quantile, wall_s
 from bench.images import Image, Layer, digest_of, image, index, layer, random_blob
 from bench.upstream import Upstream
 from wave_proxy.image.oci import OCI_LAYER
+from wave_proxy.supervisor import runtime_folder
 
 REPOSITORY = "demo/tools"
 TAG = "1.0"
@@ -129,6 +130,8 @@ def service(folder: Path, upstream: str, workers: int) -> Iterator[str]:
             raise DemoFailed(f"{err}\nwave-proxy {state}; the end of its log:\n{log.end()}") from None
         finally:
             _stop(process, log)
+            # A service that was killed could not remove where its sockets were.
+            rmtree(runtime_folder(folder / "data"), ignore_errors=True)
     if process.returncode:
         raise DemoFailed(f"wave-proxy ended with exit code {process.returncode}; the end of its log:\n{log.end()}")
 
