@@ -12,7 +12,7 @@ from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
 from wave_proxy.state.tokens import TokenRecord
 
 _FUSION_HOST = "https://fusionfs.seqera.io/"
-_FUSION_VERSION = compile_pattern(r".*/v([^/]+)-\w+\.json|.*/pkg/(.+)/fusion-\w+\.tar\.gz")
+_FUSION_FILE = compile_pattern(r"v([^/]+)-\w+\.json|fusion-\w+\.tar\.gz")
 
 
 def filled(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,11 @@ def _layer(layer: Layer) -> dict[str, Any]:
 def _fusion_version(layers: tuple[Layer, ...]) -> str:
     """The version of the first Fusion layer, empty when there is none. Source: ``wave.md`` §8.4, vectors V29."""
     for layer in layers:
-        match = _FUSION_VERSION.fullmatch(layer.location) if layer.location.startswith(_FUSION_HOST) else None
-        if match:
-            return match[1] or match[2].replace("/", ".")
+        if not layer.location.startswith(_FUSION_HOST):
+            continue
+        folder, _, file = layer.location.rpartition("/")
+        _, package, version = folder.rpartition("/pkg/")
+        match = _FUSION_FILE.fullmatch(file)
+        if match and (match[1] or (package and version)):
+            return match[1] or version.replace("/", ".")
     return ""

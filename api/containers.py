@@ -1,6 +1,5 @@
 """Container requests: asked for, described, ended."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,7 @@ from wave_proxy.errors import (
 )
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
 from wave_proxy.image.reference import Reference, parse_reference
-from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer, unpack_inline_layer
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 from wave_proxy.upstream.registry import Registry
 
@@ -156,20 +155,8 @@ class Containers:
     async def _record(self, wanted: ContainerRequest) -> str:
         try:
             return await self._tokens.put(wanted)
-        except (ContentMismatch, RequestInvalid):
-            # The store stops at the first layer that is not what it says; the caller wants to know of all.
-            raise RequestInvalid(await asyncio.to_thread(_explain_layers, wanted.config.layers)) from None
-
-
-def _explain_layers(layers: tuple[Layer, ...]) -> str:
-    found = []
-    for position, layer in enumerate(layers):
-        try:
-            if layer.is_inline:
-                unpack_inline_layer(layer)
-        except (ContentMismatch, RequestInvalid) as err:
-            found.append(f"containerConfig.layers[{position}]: {err}")
-    return "; ".join(found)
+        except ContentMismatch as err:  # of an inline layer: the caller's fault, not an upstream's
+            raise RequestInvalid(str(err)) from None
 
 
 @contextmanager

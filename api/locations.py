@@ -12,6 +12,7 @@ from wave_proxy.image.reference import is_registry, is_repository
 from wave_proxy.upstream.egress import is_public
 
 MAX_LOCATION_CHARS = 14_000_000
+MAX_URL_CHARS = 8 << 10
 
 FORMS = (
     "'data:<base64 of the tar.gz>', 'gzip:<base64 of the deflated tar.gz>', an http:// or https:// URL, "
@@ -48,8 +49,11 @@ def check_location(location: str, hosts: OpenHosts) -> None:
     if len(location) > MAX_LOCATION_CHARS:
         raise RequestInvalid("Container layer exceeds the maximum allowed size")
     if location.startswith(("data:", "gzip:")):
-        return
-    if location.startswith(("http://", "https://")):
+        if "\0" in location:
+            raise RequestInvalid("must not contain the character NUL")
+    elif location.startswith(("http://", "https://", "docker://")) and len(location) > MAX_URL_CHARS:
+        raise RequestInvalid(f"an address may have {MAX_URL_CHARS} characters")
+    elif location.startswith(("http://", "https://")):
         _check_url(location, hosts)
     elif location.startswith("docker://"):
         _check_blob(location, hosts)

@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.locations import OpenHosts, blob_digest, check_location
 from wave_proxy.errors import RequestInvalid, clip
-from wave_proxy.image.oci import parse_digest, parse_platforms
+from wave_proxy.image.oci import MAX_BLOB_BYTES, parse_digest, parse_platforms
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, Layer
 
@@ -34,11 +34,12 @@ MAX_LAYERS = 100  # clients and overlayfs stop at about 127, those of the image 
 MAX_ITEMS = 4096
 MAX_CONDA_FILE_CHARS = 50_000
 MAX_CONTAINER_FILE_CHARS = 10_000
-MAX_NAME_CHARS = 1000
+MAX_NAME_CHARS = 512
+MAX_TEXT_BYTES = 4 << 10
+MAX_ARGUMENT_BYTES = (128 << 10) - 1  # Linux: MAX_ARG_STRLEN, less the NUL at the end
 MAX_REPORTED = 20
 
 _DIGITS = compile_pattern(r"-?[0-9]{1,18}")
-_SCHEME = compile_pattern(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 # Values of these are never repeated in a message: secrets, and base64 by the megabyte.
 _HIDDEN = frozenset(
     {"towerAccessToken", "towerRefreshToken", "location", "containerFile", "condaFile", "environment", "env"}
@@ -90,10 +91,10 @@ def _as_number(value: object) -> object:
 
 def _check_image_name(text: str) -> None:
     """Source: ``wave.md`` §4.3, rules 4 and 5."""
-    if _SCHEME.search(text):
-        raise RequestInvalid(f"Invalid container repository name — offending value: '{text[:200]}'")
     if len(text) > MAX_NAME_CHARS:
         raise RequestInvalid(f"Invalid container image name — longer than {MAX_NAME_CHARS} characters")
+    if "://" in text:
+        raise RequestInvalid(f"Invalid container repository name — offending value: '{text[:200]}'")
     reference = parse_reference(text)
     if reference.is_digest:
         parse_digest(reference.reference)
@@ -101,8 +102,10 @@ def _check_image_name(text: str) -> None:
 
 def _check_repository(text: str, label: str, *, may_be_host: bool = False) -> None:
     """Source: ``wave.md`` §4.3, rules 6 to 8; a digest is refused like a tag."""
+    if len(text) > MAX_NAME_CHARS:
+        raise RequestInvalid(f"{label} is longer than {MAX_NAME_CHARS} characters")
     shown = f"offending value: '{text[:200]}'"
-    if _SCHEME.search(text):
+    if "://" in text:
         raise RequestInvalid(f"{label} should not include any protocol prefix - {shown}")
     head, slash, last = text.rpartition("/")
     name, suffix, _ = last.replace("@", ":").partition(":")
@@ -113,7 +116,7 @@ def _check_repository(text: str, label: str, *, may_be_host: bool = False) -> No
         parse_reference(f"{head}{slash}{name}")
     except RequestInvalid:
         is_host = True
-    if is_host or len(text) > MAX_NAME_CHARS:
+    if is_host:
         raise RequestInvalid(f"{label} is invalid or incomplete - {shown}")
     if suffix:
         raise RequestInvalid(f"{label} should not include any tag suffix - {shown}")
@@ -136,9 +139,31 @@ def _check_sha256(text: str) -> None:
         raise RequestInvalid(f"{clip(text)} is not a sha256 digest: expected sha256:<64 lower-case hex digits>")
 
 
+def _check_length(text: str, limit: int = MAX_TEXT_BYTES) -> None:
+    size = len(text.encode())
+    if size > limit:
+        raise RequestInvalid(f"has {size} bytes, and may have {limit}")
+
+
+def _check_platform(text: str) -> None:
+    _check_length(text)
+    parse_platforms(text)
+
+
+# Container runtimes do not start anything whose settings hold something else.
+def _check_setting(text: str, limit: int = MAX_TEXT_BYTES) -> None:
+    _check_length(text, limit)
+    if "\0" in text:
+        raise RequestInvalid("must not contain the character NUL")
+
+
+def _check_argument(text: str) -> None:
+    _check_setting(text, MAX_ARGUMENT_BYTES)
+
+
 def _check_variable(text: str) -> None:
-    # Container runtimes do not start anything whose environment holds something else.
-    if text.find("=") < 1 or "\0" in text:
+    _check_argument(text)
+    if text.find("=") < 1:
         raise RequestInvalid("expected NAME=value")
 
 
@@ -151,9 +176,10 @@ def _check_includes(names: list[str]) -> list[str]:
 _ABSENT = BeforeValidator(_blank_is_absent)
 _LISTED = BeforeValidator(_as_list)
 
-Text = Annotated[str | None, _ABSENT]
+Text = Annotated[Annotated[str, _rule(_check_length)] | None, _ABSENT]
 Number = Annotated[int, BeforeValidator(_as_number)]
 Texts = Annotated[list[str], _LISTED] | None
+Arguments = Annotated[list[Annotated[str, _rule(_check_argument)]], _LISTED] | None
 Digest = Annotated[str, _rule(_check_sha256)]
 ImageName = Annotated[str, _rule(_check_image_name)]
 
@@ -170,7 +196,7 @@ class LayerSpec(_Wire):
 
     location: Annotated[str, AfterValidator(_check_place)]
     gzip_digest: Digest
-    gzip_size: Annotated[Number, Field(gt=0)]
+    gzip_size: Annotated[Number, Field(gt=0, le=MAX_BLOB_BYTES)]
     tar_digest: Digest
 
     @model_validator(mode="after")
@@ -188,10 +214,10 @@ class LayerSpec(_Wire):
 class ConfigSpec(_Wire):
     """Settings and layers to put into the image."""
 
-    entrypoint: Texts = None
-    cmd: Texts = None
+    entrypoint: Arguments = None
+    cmd: Arguments = None
     env: Annotated[list[Annotated[str, _rule(_check_variable)]], _LISTED] | None = None
-    working_dir: Text = None
+    working_dir: Annotated[Annotated[str, _rule(_check_setting)] | None, _ABSENT] = None
     layers: Annotated[list[LayerSpec], Field(max_length=MAX_LAYERS), _LISTED] | None = None
 
     def to_config(self) -> ContainerConfig:
@@ -235,7 +261,7 @@ class PackagesSpec(_Wire):
     """Packages to build an image from."""
 
     type: Literal["CONDA", "CRAN"] | None = None
-    environment: Text = None
+    environment: Annotated[str | None, _ABSENT] = None
     entries: Texts = None
     channels: Texts = None
     conda_opts: CondaOptions | None = None
@@ -254,8 +280,8 @@ class Compression(_Wire):
 class Submission(_Wire):
     """The body of both POST endpoints. Rules over several members are in ``api.rules``."""
 
-    tower_access_token: Annotated[str | None, _ABSENT, Field(repr=False)] = None
-    tower_refresh_token: Annotated[str | None, _ABSENT, Field(repr=False)] = None
+    tower_access_token: Annotated[Text, Field(repr=False)] = None
+    tower_refresh_token: Annotated[Text, Field(repr=False)] = None
     tower_endpoint: Text = None
     tower_workspace_id: Annotated[Number | None, _ABSENT] = None
     mirror: bool | None = None  # before buildRepository, whose rules depend on it
@@ -267,7 +293,7 @@ class Submission(_Wire):
     conda_file: Annotated[
         Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
     ] = None
-    container_platform: Annotated[Annotated[str, _rule(parse_platforms)] | None, _ABSENT] = None
+    container_platform: Annotated[Annotated[str, _rule(_check_platform)] | None, _ABSENT] = None
     build_repository: Text = None
     cache_repository: Annotated[Annotated[str, _rule(_check_cache_repository)] | None, _ABSENT] = None
     timestamp: Text = None
@@ -325,6 +351,7 @@ _RULES = {
     "list_type": "expected an array",
     "model_type": "expected an object",
     "greater_than": "expected a number greater than 0",
+    "less_than_equal": f"expected a number of at most {MAX_BLOB_BYTES}",
 }
 
 

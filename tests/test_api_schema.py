@@ -6,14 +6,24 @@ from typing import Any
 import orjson
 import pytest
 
-from api.answers import filled, format_instant, format_seconds, parse_timestamp
+from api.answers import described, filled, format_instant, format_seconds, parse_timestamp
 from api.body import MAX_COMMAS, decode_object
-from api.locations import OpenHosts, check_location
+from api.locations import MAX_URL_CHARS, OpenHosts, check_location
 from api.rules import check_rules, check_supported
-from api.schema import MAX_ITEMS, MAX_LAYERS, MAX_REPORTED, Submission, parse_submission
+from api.schema import (
+    MAX_ARGUMENT_BYTES,
+    MAX_ITEMS,
+    MAX_LAYERS,
+    MAX_NAME_CHARS,
+    MAX_REPORTED,
+    MAX_TEXT_BYTES,
+    Submission,
+    parse_submission,
+)
 from bench.images import layer
 from wave_proxy.errors import NotImplementedHere, RequestInvalid
-from wave_proxy.image.request import ContainerConfig, Layer
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.state.tokens import TokenRecord
 
 HEX = "0123456789abcdef" * 4
 DIGEST = f"sha256:{HEX}"
@@ -271,10 +281,71 @@ def test_image_names_that_are_accepted(name: str) -> None:
             f"containerConfig.cmd: has {MAX_ITEMS + 1} items, and may have {MAX_ITEMS}",
             id="too many texts",
         ),
+        pytest.param(
+            {"containerImage": "a" * (MAX_NAME_CHARS + 1)},
+            f"containerImage: Invalid container image name — longer than {MAX_NAME_CHARS} characters",
+            id="image name",
+        ),
+        pytest.param(
+            {"cacheRepository": "a" * (MAX_NAME_CHARS + 1)},
+            f"cacheRepository: Container build cache repository is longer than {MAX_NAME_CHARS} characters",
+            id="repository",
+        ),
+        pytest.param(
+            {"fingerprint": "é" * (MAX_TEXT_BYTES // 2) + "a"},
+            f"fingerprint: has {MAX_TEXT_BYTES + 1} bytes, and may have {MAX_TEXT_BYTES}",
+            id="text",
+        ),
+        pytest.param(
+            {"containerConfig": {"env": ["A=1", "A=" + "a" * (MAX_ARGUMENT_BYTES - 1)]}},
+            f"containerConfig.env[1]: has {MAX_ARGUMENT_BYTES + 1} bytes, and may have {MAX_ARGUMENT_BYTES}",
+            id="variable",
+        ),
     ],
 )
 def test_a_member_that_breaks_its_rule(attributes: dict[str, Any], message: str) -> None:
     assert refusal(**attributes) == message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "towerAccessToken",
+        "towerRefreshToken",
+        "towerEndpoint",
+        "containerPlatform",
+        "timestamp",
+        "fingerprint",
+        "format",
+        "workflowId",
+        "buildTemplate",
+    ],
+)
+def test_texts_have_a_limit(key: str) -> None:
+    message = refusal(**{key: "x" * (MAX_TEXT_BYTES + 1)})
+    assert message == f"{key}: has {MAX_TEXT_BYTES + 1} bytes, and may have {MAX_TEXT_BYTES}"
+
+
+@pytest.mark.parametrize("key", ["entrypoint", "cmd", "env"])
+def test_arguments_are_no_longer_than_linux_takes(key: str) -> None:
+    most = "A=" + "a" * (MAX_ARGUMENT_BYTES - 2)
+    assert parse(containerConfig={key: most}).config
+    assert refusal(containerConfig={key: most + "a"}) == (
+        f"containerConfig.{key}[0]: has {MAX_ARGUMENT_BYTES + 1} bytes, and may have {MAX_ARGUMENT_BYTES}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("entrypoint", "entrypoint[0]"), ("cmd", "cmd[0]"), ("env", "env[0]"), ("workingDir", "workingDir")],
+)
+def test_no_text_of_a_config_holds_nul(key: str, path: str) -> None:
+    assert refusal(containerConfig={key: "A=a\0b"}) == f"containerConfig.{path}: must not contain the character NUL"
+
+
+@pytest.mark.parametrize("scheme", ["data:", "gzip:", "https://a.example/", "docker://a.example/v2/a/blobs/"])
+def test_no_location_holds_nul(scheme: str) -> None:
+    assert refusal(**with_layer(location=f"{scheme}AA\0A")).startswith("containerConfig.layers[0].location: ")
 
 
 @pytest.mark.parametrize("name", ["docker:quay.io/foo:latest", "ubuntu: latest", "ubuntu:latest ", "   "])
@@ -362,6 +433,8 @@ def test_a_layers_digest_must_be_sha256() -> None:
         ("1_000", "expected a whole number"),
         ("", "expected a whole number"),
         (True, "expected a whole number"),
+        ((1 << 50) + 1, "expected a number of at most 1125899906842624, got 1125899906842625"),
+        ((1 << 64) - 1, "expected a number of at most 1125899906842624"),
     ],
 )
 def test_a_layers_size_must_be_one(size: object, words: str) -> None:
@@ -385,6 +458,17 @@ def test_a_layers_location_may_be_long_but_not_too_long() -> None:
     assert parse(**with_layer(location="data:" + "A" * rest)).config.layers[0].is_inline
     assert refusal(**with_layer(location="data:" + "A" * (rest + 1))) == (
         "containerConfig.layers[0].location: Container layer exceeds the maximum allowed size"
+    )
+
+
+@pytest.mark.parametrize(
+    "start", ["http://a.example/", "https://a.example/", f"docker://a.example/v2/a/blobs/{DIGEST}"]
+)
+def test_a_layers_address_is_shorter(start: str) -> None:
+    if not start.startswith("docker"):
+        assert parse(**with_layer(location=start.ljust(MAX_URL_CHARS, "a"))).config
+    assert refusal(**with_layer(location=start.ljust(MAX_URL_CHARS + 1, "a"))) == (
+        f"containerConfig.layers[0].location: an address may have {MAX_URL_CHARS} characters"
     )
 
 
@@ -781,3 +865,22 @@ def test_the_test_kits_inline_layer_is_accepted() -> None:
     given = layer({"hello": "world"})
     parsed = parse(containerConfig={"layers": [given.inline()]}).config.layers[0]
     assert (parsed.gzip_digest, parsed.gzip_size, parsed.tar_digest) == (given.digest, given.size, given.diff_id)
+
+
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [
+        ("releases/v2.1.3-amd64.json", "2.1.3"),
+        ("releases/v2.1.3-rc-amd64.json", "2.1.3-rc"),
+        ("releases/pkg/2/2/8/fusion-amd64.tar.gz", "2.2.8"),
+        ("pkg/pkg/2/fusion-arm64.tar.gz", "2"),
+        ("releases/2.1.3-amd64.json", None),
+        ("pkg/fusion-amd64.tar.gz", None),
+        ("pkg/fusion-" * 8000, None),
+        ("/v1-a.json" * 8000 + "x", None),
+    ],
+)
+def test_the_version_of_fusion(path: str, version: str | None) -> None:
+    fusion = Layer(f"https://fusionfs.seqera.io/{path}", DIGEST, 1, DIGEST)
+    record = TokenRecord("0" * 32, ContainerRequest("a", ContainerConfig(layers=(fusion,))), "", "", False)
+    assert described(record, "a").get("fusionVersion") == version

@@ -43,6 +43,7 @@ PASSWORD = "Basic dXNlcjpzZWNyZXQ="
         (['realm="https://a/t"'], None),
         ([""], None),
         ([], None),
+        (['Bearer realm="https://a/t",service="\udcff"'], Challenge("bearer", "https://a/t", "\ufffd")),
         (["=,=" * 2000 + '"' + "\\" * 2000], None),
     ],
 )

@@ -146,6 +146,7 @@ def test_a_data_folder_serves_one_program(tmp_path: Path, wave: Wave) -> None:
 
 
 def test_a_redis_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
+    port = free_port()
     result = run(
         "serve",
         "--port",
@@ -153,12 +154,15 @@ def test_a_redis_that_does_not_answer_is_one_clear_line(tmp_path: Path) -> None:
         "--data",
         tmp_path / "data",
         "--redis",
-        f"redis://127.0.0.1:{free_port()}/0",
+        f"redis://:hidden@127.0.0.1:{port}/0",
         "--workers",
         "1",
     )
     assert result.returncode == 1
-    assert "Redis" in one_line(result)
+    line = one_line(result)
+    assert "Redis" in line
+    assert f"127.0.0.1:{port}" in line
+    assert "hidden" not in result.stderr
 
 
 @pytest.mark.parametrize("command", ["proxy", "api", "builder"])

@@ -233,6 +233,7 @@ def test_confusion_is_refused(document: dict[str, Any], media_type: str, message
         (b'{"config": []}', "config is no descriptor"),
         (b'{"config": {"digest": "sha256:00", "size": 1}}', "is not a digest"),
         (b'{"config": {"digest": "%s", "size": -1}}' % DIGEST.encode(), "config is no descriptor"),
+        (b'{"config": {"digest": "%s", "size": 1125899906842625}}' % DIGEST.encode(), "config is no descriptor"),
         (b'{"config": {"digest": "%s", "size": "1"}}' % DIGEST.encode(), "config is no descriptor"),
         (b'{"config": {"digest": "%s", "size": 1.5}}' % DIGEST.encode(), "config is no descriptor"),
         (b'{"config": {"digest": "%s"}}' % DIGEST.encode(), "config is no descriptor"),
@@ -271,6 +272,10 @@ def test_read_json_object_names_what_it_read() -> None:
         ({}, "application/octet-stream"),
         ([], "application/octet-stream"),
         ({"mediaType": 1}, "application/octet-stream"),
+        ({"mediaType": "application/x\r\nX: y", "manifests": []}, OCI_INDEX),
+        ({"mediaType": "application/\u00ff", "manifests": []}, OCI_INDEX),
+        ({"mediaType": "application", "manifests": []}, OCI_INDEX),
+        ({"mediaType": f"application/{'x' * 128}", "manifests": []}, OCI_INDEX),
     ],
 )
 def test_sniff(document: object, expected: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from bench.images import Blob, blob, image, index, layer, random_blob
 from bench.upstream import Faults, Upstream
 from tests.cached import files_in, until
+from tests.outgoing import answer as http_answer
 from tests.outgoing import scripted
 from tests.pulling import Port, at, error_of, inline, port
 from tests.servers import Response, WaveProxy
@@ -389,6 +390,31 @@ async def test_tags_by_pages(upstream: Start, tmp_path: Path, redis_url: str, fo
     assert (found, pages) == (wanted, 3)
     assert everything.json()["tags"] == wanted
     assert "Link" not in everything.headers
+
+
+@pytest.mark.parametrize(
+    ("link", "query"),
+    [
+        ('</v2/x/tags/list?n=1&last=a%2Fb&next_page=z>; rel="next"', "n=1&last=a%2Fb&next_page=z"),
+        ('</v2/x/tags/list?last=<script"\t\xff&n=2>; rel="next"', "last=%3Cscript%22%09%3F&n=2"),
+        ('</v2/x/tags/list?>; rel="next"', ""),
+    ],
+)
+async def test_tags_are_json_whatever_upstream_calls_them(
+    tmp_path: Path, redis_url: str, link: str, query: str
+) -> None:
+    media_type = "application/xhtml+xml; x=<script>"
+    page = http_answer("200 OK", b'{"tags":[]}', Content_Type=media_type, Link="LINK")
+    async with scripted(page.replace(b"LINK", link.encode("latin-1"))) as server:
+        address = f"127.0.0.1:{server.port}"
+        known = Upstream()
+        known._port = server.port
+        async with port(tmp_path, redis_url, known) as place:
+            found = await place.get(f"/v2/{address}/lib/tool/tags/list")
+    assert (found.status, found.body) == (200, b'{"tags":[]}')
+    assert found.headers["Content-Type"] == "application/json"
+    assert found.headers["X-Content-Type-Options"] == "nosniff"
+    assert found.headers["Link"] == (f'</v2/{address}/lib/tool/tags/list?{query}>; rel="next"' if query else None)
 
 
 @pytest.mark.parametrize("query", ["n=9999999999", "n=1&last=..%2F..%2Fx", "last=latest", "x=%20y&n=2"])

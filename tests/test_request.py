@@ -16,6 +16,7 @@ from wave_proxy.errors import DigestMismatch, RequestInvalid, SizeMismatch, Wave
 from wave_proxy.image.oci import digest_of
 from wave_proxy.image.request import (
     MAX_TAR_BYTES,
+    MAX_TARS_BYTES,
     ContainerConfig,
     ContainerRequest,
     Identity,
@@ -43,12 +44,12 @@ LAYER = inline(MADE.content, gzip.decompress(MADE.content))
 def test_unpack(form: str) -> None:
     layer = inline(MADE.content, gzip.decompress(MADE.content), form=form)
     assert layer.tar_digest == MADE.diff_id
-    assert unpack_inline_layer(layer) == MADE.content
+    assert unpack_inline_layer(layer)[0] == MADE.content
 
 
 def test_unpack_sha512_digest() -> None:
     layer = replace(LAYER, gzip_digest=f"sha512:{sha512(MADE.content).hexdigest()}")
-    assert unpack_inline_layer(layer) == MADE.content
+    assert unpack_inline_layer(layer)[0] == MADE.content
     with pytest.raises(DigestMismatch):
         unpack_inline_layer(replace(layer, gzip_digest=f"sha512:{'0' * 128}"))
 
@@ -57,19 +58,19 @@ def test_unpack_sha512_digest() -> None:
 def test_unpack_many_members(sizes: tuple[int, ...]) -> None:
     parts = [images.random_blob(size, seed) for seed, size in enumerate(sizes)]
     content = b"".join(gzip.compress(part, mtime=0) for part in parts)
-    assert unpack_inline_layer(inline(content, b"".join(parts))) == content
+    assert unpack_inline_layer(inline(content, b"".join(parts)))[0] == content
 
 
 def test_unpack_highly_compressed() -> None:
     tar = bytes(10 << 20)
     content = gzip.compress(tar, mtime=0)
-    assert unpack_inline_layer(inline(content, tar, form="gzip")) == content
+    assert unpack_inline_layer(inline(content, tar, form="gzip"))[0] == content
 
 
 @given(st.binary(max_size=300_000), st.integers(0, 9))
 def test_unpack_anything_packed(tar: bytes, level: int) -> None:
     content = gzip.compress(tar, level, mtime=0)
-    assert unpack_inline_layer(inline(content, tar)) == content
+    assert unpack_inline_layer(inline(content, tar))[0] == content
 
 
 @pytest.mark.parametrize("size", [0, MADE.size - 1, MADE.size + 1])
@@ -133,16 +134,30 @@ def test_no_gzip(content: bytes) -> None:
         unpack_inline_layer(inline(content, b""))
 
 
-def test_bomb_of_tar() -> None:
-    step = 1 << 26
-    content = gzip.compress(bytes(step), mtime=0) * (MAX_TAR_BYTES // step) + gzip.compress(b"\0", mtime=0)
-    with pytest.raises(RequestInvalid, match=f"may unpack to {MAX_TAR_BYTES} bytes at most"):
-        unpack_inline_layer(inline(content, b""))
+def test_limits_of_layers() -> None:
+    assert (MAX_TAR_BYTES, MAX_TARS_BYTES) == (256 << 20, 512 << 20)
+
+
+@pytest.mark.parametrize("size", [100_000, 100_001])
+def test_bomb_of_tar(size: int) -> None:
+    layer = inline(gzip.compress(bytes(size), mtime=0), bytes(size))
+    if size <= 100_000:
+        assert unpack_inline_layer(layer, 100_000)[0]
+    else:
+        with pytest.raises(RequestInvalid, match="unpacks to more than 100000 bytes"):
+            unpack_inline_layer(layer, 100_000)
+
+
+def test_bomb_of_nothing() -> None:
+    empty = gzip.compress(b"", mtime=0)
+    assert unpack_inline_layer(inline(empty * 90, b""), 100_000)[1] > 90_000
+    with pytest.raises(RequestInvalid, match="unpacks to more than 100000 bytes"):
+        unpack_inline_layer(inline(empty * 100, b""), 100_000)
 
 
 def test_bomb_of_deflate() -> None:
-    bomb = zlib.compress(bytes((64 << 20) + 1))
-    with pytest.raises(RequestInvalid, match="over 64 MiB"):
+    bomb = zlib.compress(bytes((16 << 20) + 1))
+    with pytest.raises(RequestInvalid, match="over 16 MiB"):
         unpack_inline_layer(replace(LAYER, location=f"gzip:{b64encode(bomb).decode()}"))
 
 

@@ -32,8 +32,13 @@ ACCEPT_MANIFESTS = ", ".join(
 # The distribution spec lets a registry refuse manifests over 4 MiB; every client tried stops there as well.
 MAX_MANIFEST_BYTES = 4 << 20
 
+# No registry has blobs of a pebibyte; what is said to be larger would not fit into the numbers of other programs.
+MAX_BLOB_BYTES = 1 << 50
+
 _HEX_LENGTH = {"sha256": 64, "sha512": 128}
 _DIGEST = re.compile(r"(sha256|sha512):([0-9a-f]+)")
+_NAME = r"[a-zA-Z0-9][a-zA-Z0-9!#$&^_.+-]{0,126}"
+_MEDIA_TYPE = re.compile(f"{_NAME}/{_NAME}")
 
 
 def parse_digest(text: str) -> str:
@@ -55,6 +60,11 @@ def digest_of(content: bytes, algorithm: str = "sha256") -> str:
 def matches(content: bytes, digest: str) -> bool:
     """Whether ``content`` has that (well-formed) digest."""
     return digest_of(content, digest.partition(":")[0]) == digest
+
+
+def is_media_type(text: str) -> bool:
+    """Whether ``text`` is ``type/subtype``, both of them names as RFC 6838 §4.2 has them, without parameters."""
+    return _MEDIA_TYPE.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,7 @@ def _array(document: dict[str, Any], key: str) -> list[Any]:
 
 def _read_descriptor(value: Any, what: str) -> Descriptor:
     match value:
-        case {"digest": str(digest), "size": int(size), **rest} if size >= 0:
+        case {"digest": str(digest), "size": int(size), **rest} if 0 <= size <= MAX_BLOB_BYTES:
             try:
                 parse_digest(digest)
             except DigestInvalid as err:
@@ -240,7 +250,7 @@ def sniff_media_type(content: bytes) -> str:
     except orjson.JSONDecodeError:
         return "application/octet-stream"
     match document:
-        case {"mediaType": str(media_type)}:
+        case {"mediaType": str(media_type)} if is_media_type(media_type):
             return media_type
         case {"manifests": list()}:
             return OCI_INDEX

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 
 from wave_proxy.errors import RequestInvalid
 
 DOCKER_HUB = "docker.io"
 
-_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::([0-9]+))?")
+_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[([0-9a-fA-F:]{2,39})\])(?::([0-9]{1,5}))?")
 # distribution-spec: <name>; underscores, dots and dashes only between alphanumerics.
 _COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
@@ -56,7 +57,17 @@ def is_tag(text: str) -> bool:
 def is_registry(host: str) -> bool:
     """Whether ``host`` is a host name or address with an optional port from 1 to 65535."""
     match = _HOST.fullmatch(host)
-    return match is not None and (match[1] is None or 0 < int(match[1]) < 65536)
+    if match is None or (match[1] is not None and not _is_ipv6(match[1])):
+        return False
+    return match[2] is None or 0 < int(match[2]) < 65536
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_reference(text: str) -> Reference:

@@ -13,9 +13,12 @@ from wave_proxy.image.oci import digest_of, matches
 
 _FUSION_LAYER = compile_pattern(r".*/fusion-(\w+)\.tar\.gz")
 
-# What an inline layer may unpack to: the limit on its text (14,000,000 characters) with the best ratio of honest tars.
-MAX_TAR_BYTES = 1 << 30
+MAX_TAR_BYTES = 256 << 20  # what an inline layer may unpack to
+MAX_TARS_BYTES = 512 << 20  # and all those of one request together
+# A location has at most 14,000,000 characters, and no honest gzip becomes much shorter when it is deflated once more.
+_MAX_GZIP_BYTES = 16 << 20
 _STEP = 1 << 15
+_MIN_COST = 1 << 10  # a gzip member of nothing has 20 bytes, and takes as long as this many bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +147,12 @@ def request_from_json(document: Mapping[str, Any]) -> ContainerRequest:
     )
 
 
-def unpack_inline_layer(layer: Layer) -> bytes:
-    """The gzipped tar that an inline layer carries, checked against its digests and size.
+def unpack_inline_layer(layer: Layer, limit: int = MAX_TAR_BYTES) -> tuple[bytes, int]:
+    """The gzipped tar that an inline layer carries, checked against its digests and size; and what unpacking it cost.
 
-    Raises RequestInvalid when it is no base64 or gzip; DigestMismatch or SizeMismatch when it is not what it says.
+    The cost, at most ``limit``, is the tar's size in bytes; more where the gzip has very many members.
+    Raises RequestInvalid when it is no base64 or gzip, or unpacks to more than ``limit``; DigestMismatch or
+    SizeMismatch when it is not what it says.
     Costs one hash of the gzip and one pass of inflate with a hash; memory is bounded by 64 KiB beyond the layer itself.
     """
     kind, _, text = layer.location.partition(":")
@@ -161,32 +166,35 @@ def unpack_inline_layer(layer: Layer) -> bytes:
         raise SizeMismatch(f"gzipSize is {layer.gzip_size} and the layer has {len(content)} bytes")
     if not matches(content, layer.gzip_digest):
         raise DigestMismatch(f"gzipDigest is {layer.gzip_digest} and the layer's is {digest_of(content)}")
-    tar_digest = _tar_digest(content)
+    tar_digest, cost = _tar_digest(content, limit)
     if tar_digest != layer.tar_digest:
         raise DigestMismatch(f"tarDigest is {layer.tar_digest} and the unpacked layer's is {tar_digest}")
-    return content
+    return content, cost
 
 
 def _inflate(content: bytes) -> bytes:
     inflater = zlib.decompressobj()
-    plain = inflater.decompress(content, 64 << 20)
+    plain = inflater.decompress(content, _MAX_GZIP_BYTES)
     if not inflater.eof:
-        raise zlib.error("incomplete, or over 64 MiB")
+        raise zlib.error(f"incomplete, or over {_MAX_GZIP_BYTES >> 20} MiB")
     return plain
 
 
-def _tar_digest(content: bytes) -> str:
-    """Digest of the tar inside a gzip of one or more members. Raises RequestInvalid."""
-    running, size = sha256(), 0
+def _tar_digest(content: bytes, limit: int) -> tuple[str, int]:
+    """Digest of the tar inside a gzip of one or more members, and its cost. Raises RequestInvalid."""
+    running, cost = sha256(), 0
     try:
         for piece in _tar_pieces(content):
             running.update(piece)
-            size += len(piece)
-            if size > MAX_TAR_BYTES:
-                raise RequestInvalid(f"an inline layer may unpack to {MAX_TAR_BYTES} bytes at most")
+            cost += max(len(piece), _MIN_COST)
+            if cost > limit:
+                raise RequestInvalid(
+                    f"the layer unpacks to more than {limit} bytes: one inline layer may have {MAX_TAR_BYTES}, "
+                    f"and all of a request together {MAX_TARS_BYTES}"
+                )
     except zlib.error as err:
         raise RequestInvalid(f"the layer is not gzip data: {err}") from None
-    return f"sha256:{running.hexdigest()}"
+    return f"sha256:{running.hexdigest()}", cost
 
 
 def _tar_pieces(content: bytes) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import structlog
 from wave_proxy.errors import MethodNotAllowed, Overloaded, RangeInvalid, RequestInvalid, WaveError, clip
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.messages import Reply, Request
-from wave_proxy.serve.pull import API_VERSION, Puller
+from wave_proxy.serve.pull import API_VERSION, NO_SNIFFING, Puller
 from wave_proxy.serve.route import is_registry_path
 
 _log = structlog.get_logger()
@@ -75,10 +75,10 @@ def _may_be_token(part: str) -> bool:
 def _error_reply(err: WaveError, registry: bool) -> Reply:
     if registry:
         content = orjson.dumps({"errors": [{"code": err.code, "message": str(err)}]})
-        headers = [("Content-Type", "application/json"), API_VERSION]
+        headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION]
     else:
         content = orjson.dumps({"message": str(err)})
-        headers = [("Content-Type", "application/json")]
+        headers = [("Content-Type", "application/json"), NO_SNIFFING]
     if err.retry_after_s is not None:
         headers.append(("Retry-After", str(err.retry_after_s)))
     if isinstance(err, RangeInvalid):

@@ -1,6 +1,7 @@
 """A pull: the order of the stages, from a route to the reply."""
 
 from collections import OrderedDict
+from urllib.parse import parse_qsl, urlencode
 
 import structlog
 
@@ -21,6 +22,7 @@ from wave_proxy.upstream.registry import Registry
 _log = structlog.get_logger()
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 _IMMUTABLE = ("Cache-Control", "max-age=31536000, immutable")
 _RECORDED = 100_000
 
@@ -124,11 +126,12 @@ class Puller:
 
     async def _tags(self, route: Route, target: Target) -> Reply:
         page = await self._registry.fetch_tags(target.registry, target.repository, route.query)
-        headers = [("Content-Type", page.media_type), API_VERSION]
-        if "?" in page.link:
-            # Upstream's path is not ours; what follows the question mark is the same question.
+        headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION]
+        # Upstream's path is not ours; what follows the question mark is the same question, spelled so that it is safe.
+        asked = parse_qsl(page.link.partition("?")[2].partition(">")[0], keep_blank_values=True)
+        if asked:
             prefix = f"/v2/wt/{route.token}" if route.token else f"/v2/{route.registry}"
-            query = page.link.split("?", 1)[1].split(">", 1)[0]
+            query = urlencode(asked, errors="replace")
             headers.append(("Link", f'<{prefix}/{route.repository}/tags/list?{query}>; rel="next"'))
         return Reply(200, headers, page.content)
 

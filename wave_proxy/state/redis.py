@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 
+import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -19,6 +20,9 @@ __all__ = ["Redis", "check", "connect", "translated", "wait_until_up"]
 TIMEOUT_S = 5.0
 _CONNECTIONS = 32  # a process; a thousand requests at once wait for these rather than open a thousand
 _START_S = 5.0
+_MAX_SAID = 200
+
+_log = structlog.get_logger()
 
 
 def connect(url: str) -> Redis:
@@ -41,15 +45,19 @@ def connect(url: str) -> Redis:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turns the client library's errors into StateUnavailable, so that no other module has to know them."""
+    """Turns the client library's errors into StateUnavailable, so that no other module has to know them.
+
+    Its message is for clients: of the cause, which tells places and keys, only the log and ``__cause__`` know.
+    """
     try:
         yield
     except ResponseError as err:
         # Of a pipeline's error, what Redis said: the command before it holds the client's data.
-        said = str(err).rpartition("caused error:")[2].strip(" ()',")
-        raise StateUnavailable(f"the state store (Redis) refuses: {said}") from err
+        said = str(err).rpartition("caused error:")[2].partition("wave:")[0].strip(" ()',\"")
+        raise StateUnavailable(f"the state store (Redis) refuses: {said[:_MAX_SAID]}") from err
     except RedisError as err:
-        raise StateUnavailable(f"the state store (Redis) does not answer: {err}") from err
+        _log.debug("the state store does not answer", error=str(err))
+        raise StateUnavailable("the state store (Redis) does not answer; try again in a moment") from err
 
 
 async def check(client: Redis) -> None:
@@ -59,12 +67,22 @@ async def check(client: Redis) -> None:
 
 
 async def wait_until_up(client: Redis) -> None:
-    """Return when Redis answers, which one that was started just now does soon. Raises StateUnavailable after 5 s."""
+    """Return when Redis answers, which one that was started just now does soon.
+
+    Raises StateUnavailable after 5 s, for the operator: with the address and what the client library says.
+    """
     deadline = monotonic() + _START_S
     while True:
         try:
             return await check(client)
-        except StateUnavailable:
+        except StateUnavailable as err:
             if monotonic() > deadline:
-                raise
+                raise StateUnavailable(
+                    f"the state store (Redis) at {_place(client)} does not answer: {err.__cause__}"
+                ) from err
         await asyncio.sleep(0.02)
+
+
+def _place(client: Redis) -> str:
+    told = client.connection_pool.connection_kwargs
+    return told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}"

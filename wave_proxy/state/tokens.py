@@ -17,7 +17,10 @@ from typing import Any, cast
 
 import orjson
 
+from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.request import (
+    MAX_TAR_BYTES,
+    MAX_TARS_BYTES,
     ContainerRequest,
     Layer,
     request_from_json,
@@ -29,6 +32,18 @@ from wave_proxy.state.redis import Redis, translated
 _CHANNEL = b"wave:token-deleted"
 _STORED = "data:"
 
+MAX_RECORD_BYTES = 1 << 20
+MAX_INLINE_BYTES = 64 << 20  # all inline layers of a request together, as gzip
+
+_ROUND_S = 4.0  # less than the client's own limit on an answer
+
+# KEYS: a layer's key. ARGV: its bytes, and for how many seconds they are wanted. Another request may want them longer.
+_KEEP_LAYER = """
+if redis.call('ttl', KEYS[1]) < tonumber(ARGV[2]) then
+    redis.call('set', KEYS[1], ARGV[1], 'ex', ARGV[2])
+end
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
@@ -39,6 +54,7 @@ class TokenRecord:
     source_digest: str
     wave_digest: str
     deleted: bool
+    size: int = 0  # bytes of the record
 
     def is_valid(self, now: float) -> bool:
         """Whether the token may be pulled at ``now`` (epoch seconds)."""
@@ -56,17 +72,23 @@ class TokenStore:
         """Record a request; returns its new token of 32 hex digits.
 
         Inline layers are unpacked, verified and kept apart from the record, where ``find`` shows them as ``data:``.
-        Raises RequestInvalid, DigestMismatch, SizeMismatch, StateUnavailable.
+        Raises RequestInvalid, DigestMismatch or SizeMismatch with the place of the first layer that is wrong,
+        RequestInvalid also for a record over 1 MiB; StateUnavailable.
         """
         token = token_hex(16)
         layers, contents = await asyncio.to_thread(_take_out, request.config.layers)
         kept = replace(request, config=replace(request.config, layers=layers))
+        record = orjson.dumps(request_to_json(kept))
+        if len(record) > MAX_RECORD_BYTES:
+            raise RequestInvalid(
+                f"the request has {len(record)} bytes without its inline layers, and may have {MAX_RECORD_BYTES} bytes"
+            )
         keep_s = int(request.expires - time() + self._retention_s)
         with translated():
             async with self._redis.pipeline(transaction=True) as pipe:
                 for digest, content in contents.items():
-                    pipe.set(_layer_key(digest), content, ex=max(keep_s, 1))
-                pipe.hset(_key(token), "request", orjson.dumps(request_to_json(kept)))
+                    pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(keep_s, 1))
+                pipe.hset(_key(token), "request", record)
                 pipe.expire(_key(token), max(keep_s, 1))
                 await pipe.execute()
         return token
@@ -83,6 +105,7 @@ class TokenStore:
             source_digest=fields.get(b"source_digest", b"").decode(),
             wave_digest=fields.get(b"wave_digest", b"").decode(),
             deleted=b"deleted" in fields,
+            size=len(fields[b"request"]),
         )
 
     async def delete(self, token: str) -> bool:
@@ -99,12 +122,18 @@ class TokenStore:
         return True
 
     async def deletions(self) -> AsyncIterator[str]:
-        """Tokens as they are deleted, from now on. Raises StateUnavailable when the connection ends."""
+        """Tokens as they are deleted; an empty text each time that listening begins, be it anew after a break.
+
+        What was deleted before that may have gone unheard. Raises StateUnavailable when Redis stays away.
+        """
         with translated():
-            async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+            async with self._redis.pubsub() as channel:
                 await channel.subscribe(_CHANNEL)
-                async for message in channel.listen():
-                    yield message["data"].decode()
+                while True:
+                    # In rounds: a quiet channel is no timeout, and between two rounds the client checks its connection.
+                    message = await channel.get_message(timeout=_ROUND_S)
+                    if message is not None:
+                        yield "" if message["type"] == "subscribe" else message["data"].decode()
 
     async def find_layer(self, digest: str) -> bytes | None:
         """The gzip bytes of an inline layer, as they were verified; None when no living request has it."""
@@ -135,11 +164,21 @@ class TokenStore:
 
 
 def _take_out(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], dict[str, bytes]]:
+    """The layers as they are recorded, and the gzip bytes of the inline ones by digest."""
     kept: list[Layer] = []
     contents: dict[str, bytes] = {}
-    for layer in layers:
+    left, stored = MAX_TARS_BYTES, 0
+    for position, layer in enumerate(layers):
         if layer.is_inline:
-            contents[layer.gzip_digest] = unpack_inline_layer(layer)
+            try:
+                content, cost = unpack_inline_layer(layer, min(left, MAX_TAR_BYTES))
+                stored += len(content)
+                if stored > MAX_INLINE_BYTES:
+                    raise RequestInvalid(f"all inline layers together may have {MAX_INLINE_BYTES} bytes at most")
+            except (ContentMismatch, RequestInvalid) as err:
+                raise type(err)(f"containerConfig.layers[{position}]: {err}") from None
+            left -= cost
+            contents[layer.gzip_digest] = content
             layer = replace(layer, location=_STORED)
         kept.append(layer)
     return tuple(kept), contents

@@ -45,7 +45,8 @@ def choose_challenge(headers: Iterable[str]) -> Challenge | None:
     """
     found: list[tuple[str, dict[str, str]]] = []
     for header in headers:
-        found.extend(_parse(header))
+        # Bytes that are no UTF-8 came as surrogates, which no URL can hold.
+        found.extend(_parse(header.encode(errors="surrogateescape").decode(errors="replace")))
     for scheme, values in found:
         if scheme == "bearer" and values.get("realm"):
             return Challenge(scheme, values["realm"], values.get("service", ""))
@@ -78,6 +79,10 @@ class _Key:
     username: str
 
 
+def _key(challenge: Challenge, repository: str, login: Login | None) -> _Key:
+    return _Key(challenge.realm, challenge.service, repository, login.username if login else "")
+
+
 class BearerTokens:
     """Tokens to pull with, kept until they expire; callers that need the same one share one fetch."""
 
@@ -94,7 +99,7 @@ class BearerTokens:
         The fetch belongs to this object, so that a caller who gives up takes nothing from the others.
         Raises Denied, AddressRefused, TooManyRequests, UpstreamError and its children.
         """
-        key = _Key(challenge.realm, challenge.service, repository, login.username if login else "")
+        key = _key(challenge, repository, login)
         text, expires = self._tokens.get(key, ("", 0.0))
         if text and text != stale and monotonic() < expires:
             return text
@@ -103,6 +108,10 @@ class BearerTokens:
             fetch = self._fetches[key] = asyncio.create_task(self._fetch(key, login, endpoint))
             fetch.add_done_callback(lambda _: self._fetches.pop(key))
         return await asyncio.shield(fetch)
+
+    def forget(self, challenge: Challenge, repository: str, login: Login | None) -> None:
+        """Give that token to nobody again: the registry refuses it."""
+        self._tokens.pop(_key(challenge, repository, login), None)
 
     async def _fetch(self, key: _Key, login: Login | None, endpoint: Endpoint) -> str:
         realm = parse_url(key.realm)

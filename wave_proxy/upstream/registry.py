@@ -17,6 +17,7 @@ from wave_proxy.errors import (
     Denied,
     DigestInvalid,
     DigestMismatch,
+    HostUnknown,
     ManifestUnknown,
     NameUnknown,
     TooManyRequests,
@@ -32,6 +33,7 @@ from wave_proxy.image.oci import (
     DOCKER_SCHEMA1_SIGNED,
     MAX_MANIFEST_BYTES,
     digest_of,
+    is_media_type,
     matches,
     parse_digest,
     read_json_object,
@@ -94,7 +96,6 @@ class TagsPage:
     """One page of a tags list, as it came; ``link`` is upstream's Link header, empty when there is none."""
 
     content: bytes
-    media_type: str
     link: str
 
 
@@ -221,12 +222,11 @@ class Registry:
 
     async def _read_tags(self, subject: _Subject) -> TagsPage:
         response = await self._ask("GET", subject, {"Accept": "application/json"}, _OK)
-        media_type = response.headers.get("Content-Type", "application/json")
         link = response.headers.get("Link", "")
         content = await self._egress.read(response, MAX_TAGS_BYTES, f"tags of {subject.name}")
         _refuse_page(_media_type(response), subject)
         read_json_object(content, f"tags of {subject.name}")
-        return TagsPage(content, media_type, link)
+        return TagsPage(content, link)
 
     @asynccontextmanager
     async def _stream(
@@ -295,20 +295,33 @@ class Registry:
         raise await self._egress.failure(response, _shown(url))
 
     async def _authorized(self, method: str, subject: _Subject, headers: dict[str, str]) -> ClientResponse:
-        """The answer to a request with what the registry asks for; a fresh token is tried once."""
+        """The answer to a request with what the registry asks for; a fresh token is tried once.
+
+        What it asked for is remembered once that has worked, and forgotten when there is no token for it any more.
+        """
         place = subject.endpoint.url
-        used = await self._authorization(subject, self._challenges.get(place))
+        known, used, failure = self._challenges.get(place), "", None
+        try:
+            used = await self._authorization(subject, known)
+        except (Denied, HostUnknown, UpstreamError) as err:
+            self._challenges.pop(place, None)
+            failure = err
         response = await self._send(method, subject, headers, used)
         if response.status != 401 or origin_of(response.url) != origin_of(URL(place)):
             return response
         challenge = choose_challenge(response.headers.getall("WWW-Authenticate", []))
         said = await self._egress.explain(response)
-        if challenge is not None:
-            self._remember(place, challenge)
+        if failure is not None and challenge == known:
+            raise failure
         fresh = await self._authorization(subject, challenge, stale=used)
-        if fresh in ("", used):
+        if challenge is None or fresh in ("", used):
             raise self._denied(response, subject, said)
-        return await self._send(method, subject, headers, fresh)
+        response = await self._send(method, subject, headers, fresh)
+        if response.status == 401:
+            self._bearers.forget(challenge, subject.repository, self._credentials.find(subject.endpoint.registry))
+        else:
+            self._remember(place, challenge)
+        return response
 
     async def _send(
         self, method: str, subject: _Subject, headers: dict[str, str], authorization: str
@@ -357,7 +370,9 @@ def _pause_s(err: WaveError, attempt: int) -> float | None:
 
 
 def _media_type(response: ClientResponse) -> str:
-    return response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    """Without parameters and in lower case; empty when it is missing or none that could be sent on."""
+    media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    return media_type if is_media_type(media_type) else ""
 
 
 def _refuse_page(media_type: str, subject: _Subject) -> None:
