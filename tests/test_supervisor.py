@@ -89,6 +89,25 @@ def test_a_supervisor_that_is_killed_takes_its_parts_along(wave: Wave) -> None:
     proxy.kill()
 
 
+def test_a_redis_that_hangs_stops_no_pull_of_a_known_token(upstream: Registry, wave: Wave) -> None:
+    registry = upstream()
+    registry.add("lib/app", big_image(1), "v1")
+    proxy = wave(upstreams=[registry.address])
+    target = proxy.submit(containerImage=f"{registry.address}/lib/app:v1", containerConfig={"env": ["B=2"]})[
+        "targetImage"
+    ]
+    first = proxy.pull(target)
+    os.kill(proxy.redis_pid(), signal.SIGSTOP)
+    try:
+        assert proxy.pull(target).digest == first.digest
+        unknown = proxy.request("GET", f"/v2/wt/{'0' * 32}/lib/app/manifests/v1")
+        assert (unknown.status, unknown.headers["Retry-After"]) == (503, "2")
+        assert proxy.request("GET", "/health").status == 503
+    finally:
+        os.kill(proxy.redis_pid(), signal.SIGCONT)
+    wait_for(lambda: proxy.request("GET", f"/v2/wt/{'0' * 32}/lib/app/manifests/v1").status == 404)
+
+
 def test_what_was_recorded_survives_a_restart_of_everything(upstream: Registry, wave: Wave, tmp_path: Path) -> None:
     registry = upstream()
     registry.add("lib/app", big_image(1), "v1")

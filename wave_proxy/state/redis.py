@@ -1,8 +1,8 @@
 """The one place that imports the Redis client: connecting, and one error for everything that can go wrong there."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 
 import structlog
@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from wave_proxy.errors import StateUnavailable
 
-__all__ = ["Redis", "check", "connect", "translated", "wait_until_up"]
+__all__ = ["Redis", "answered", "check", "connect", "translated", "wait_until_up"]
 
 TIMEOUT_S = 5.0
 _CONNECTIONS = 32  # a process; a thousand requests at once wait for these rather than open a thousand
@@ -60,9 +60,20 @@ def translated() -> Iterator[None]:
         raise StateUnavailable("the state store (Redis) does not answer; try again in a moment") from err
 
 
+@asynccontextmanager
+async def answered() -> AsyncIterator[None]:
+    """As ``translated``, for one operation that must end within 5 s, the client library's own retries included."""
+    with translated():
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                yield
+        except TimeoutError as err:
+            raise RedisTimeoutError(f"no answer within {TIMEOUT_S:g} s") from err
+
+
 async def check(client: Redis) -> None:
     """One round trip. Raises StateUnavailable."""
-    with translated():
+    async with answered():
         await client.ping()
 
 

@@ -27,7 +27,7 @@ from wave_proxy.image.request import (
     request_to_json,
     unpack_inline_layer,
 )
-from wave_proxy.state.redis import Redis, translated
+from wave_proxy.state.redis import Redis, answered, translated
 
 _CHANNEL = b"wave:token-deleted"
 _STORED = "data:"
@@ -41,6 +41,14 @@ _ROUND_S = 4.0  # less than the client's own limit on an answer
 _KEEP_LAYER = """
 if redis.call('ttl', KEYS[1]) < tonumber(ARGV[2]) then
     redis.call('set', KEYS[1], ARGV[1], 'ex', ARGV[2])
+end
+"""
+
+# KEYS: a token's key. ARGV: the digests upstream and as answered. A record that has run out must not come back.
+_RECORD_PULL = """
+if redis.call('exists', KEYS[1]) == 1 then
+    redis.call('hsetnx', KEYS[1], 'source_digest', ARGV[1])
+    redis.call('hsetnx', KEYS[1], 'wave_digest', ARGV[2])
 end
 """
 
@@ -84,18 +92,17 @@ class TokenStore:
                 f"the request has {len(record)} bytes without its inline layers, and may have {MAX_RECORD_BYTES} bytes"
             )
         keep_s = int(request.expires - time() + self._retention_s)
-        with translated():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                for digest, content in contents.items():
-                    pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(keep_s, 1))
-                pipe.hset(_key(token), "request", record)
-                pipe.expire(_key(token), max(keep_s, 1))
-                await pipe.execute()
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            for digest, content in contents.items():
+                pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(keep_s, 1))
+            pipe.hset(_key(token), "request", record)
+            pipe.expire(_key(token), max(keep_s, 1))
+            await pipe.execute()
         return token
 
     async def find_record(self, token: str) -> TokenRecord | None:
         """The record of a token, also after it expired or was deleted; None when there is none (any more)."""
-        with translated():
+        async with answered():
             fields = cast(dict[bytes, bytes], await self._redis.hgetall(_key(token)))
         if b"request" not in fields:
             return None
@@ -113,12 +120,11 @@ class TokenStore:
         record = await self.find_record(token)
         if record is None or not record.is_valid(time()):
             return False
-        with translated():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(_key(token), "deleted", "1")
-                pipe.delete(_made_key(token))
-                pipe.publish(_CHANNEL, token)
-                await pipe.execute()
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_key(token), "deleted", "1")
+            pipe.delete(_made_key(token))
+            pipe.publish(_CHANNEL, token)
+            await pipe.execute()
         return True
 
     async def deletions(self) -> AsyncIterator[str]:
@@ -137,28 +143,24 @@ class TokenStore:
 
     async def find_layer(self, digest: str) -> bytes | None:
         """The gzip bytes of an inline layer, as they were verified; None when no living request has it."""
-        with translated():
+        async with answered():
             return cast(bytes | None, await self._redis.get(_layer_key(digest)))
 
     async def record_made(self, token: str, made: Mapping[str, str], lifetime_s: float) -> None:
         """Remember from which upstream manifest (value) each digest (key) was made."""
-        with translated():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(_made_key(token), mapping=dict[Any, Any](made))
-                pipe.expire(_made_key(token), max(int(lifetime_s), 1))
-                await pipe.execute()
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_made_key(token), mapping=dict[Any, Any](made))
+            pipe.expire(_made_key(token), max(int(lifetime_s), 1))
+            await pipe.execute()
 
     async def record_pull(self, token: str, source_digest: str, wave_digest: str) -> None:
         """Remember what the request's own reference was resolved to, and what was answered; the first time counts."""
-        with translated():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hsetnx(_key(token), "source_digest", source_digest)
-                pipe.hsetnx(_key(token), "wave_digest", wave_digest)
-                await pipe.execute()
+        async with answered():
+            await self._redis.eval(_RECORD_PULL, 1, _key(token), source_digest, wave_digest)
 
     async def find_made(self, token: str, digest: str) -> str | None:
         """The upstream manifest's digest that ``digest`` was made from for this token; None when it was not."""
-        with translated():
+        async with answered():
             source = cast(bytes | None, await self._redis.hget(_made_key(token), digest))
         return source.decode() if source else None
 
