@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.images import blob, image, index, layer, random_blob
+from bench.images import Blob, blob, image, index, layer, random_blob
 from bench.upstream import Faults, Upstream
 from tests.cached import read_blob, until, worker
 from wave_proxy.cache import grants as grants_module
 from wave_proxy.cache.grants import Grants
-from wave_proxy.errors import BlobUnknown, Denied, ManifestUnknown, UpstreamUnavailable
+from wave_proxy.cache.repositories import MAX_CONFIG_BYTES
+from wave_proxy.errors import BlobUnknown, Denied, ManifestUnknown, UpstreamError, UpstreamUnavailable
 
 Start = Callable[..., Upstream]
 
@@ -169,3 +170,24 @@ async def test_naming_a_digest_is_not_having_it(upstream: Start, tmp_path: Path,
             await one.repositories.open_blob(liar.address, "evil/app", SECRET.digest)
         with pytest.raises(ManifestUnknown):
             await one.repositories.fetch_manifest(liar.address, "evil/app", PRIVATE.digest)
+
+
+async def test_claiming_a_blob_gives_no_manifest(upstream: Start, tmp_path: Path) -> None:
+    honest, liar = upstream(), upstream()
+    honest.add("private/app", PRIVATE, "1")
+    liar.add_blob("evil/app", Blob(PRIVATE.digest, bytes(len(PRIVATE.manifest)), "application/json"))
+    async with worker(tmp_path, honest, liar) as one:
+        await one.repositories.fetch_manifest(honest.address, "private/app", PRIVATE.digest)
+        assert await one.repositories.find_size(liar.address, "evil/app", PRIVATE.digest) == len(PRIVATE.manifest)
+        with pytest.raises(ManifestUnknown):
+            await one.repositories.fetch_manifest(liar.address, "evil/app", PRIVATE.digest)
+
+
+async def test_a_config_that_is_larger_than_its_manifest_says(server: Upstream, tmp_path: Path) -> None:
+    huge = blob(random_blob(MAX_CONFIG_BYTES + 1, seed=33))
+    server.add_blob("public/app", huge)
+    async with worker(tmp_path, server) as one:
+        for _ in ("cold", "warm"):
+            with pytest.raises(UpstreamError):
+                await one.repositories.read_config(server.address, "public/app", huge.digest, 10)
+            await until(lambda: not one.is_filling(huge.digest))

@@ -3,8 +3,8 @@
 That a blob lies in the store does not mean that whoever knows its digest may have it. Two things are recorded, each
 under a name of its own, in an empty file ``<root>/grants/<hash of the name>/<digest>`` that all workers share:
 
-- a repository (``registry/repository``) has said that it has the digest, by serving it or to a HEAD. That a manifest
-  names a digest says nothing: anybody can name what he does not have;
+- a repository (``registry/repository``) has said that it has the blob, by serving it or to a HEAD. That a manifest
+  names a digest says nothing: anybody can name what he does not have. Its manifests are noted when it delivers them;
 - an origin (a registry, or the URL of a layer) has once delivered the content, and it was right. A HEAD proves nothing
   about a registry that never has: it may belong to somebody who only knows the digest.
 """

@@ -68,7 +68,7 @@ class Repositories:
     async def fetch_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest:
         """The manifest of that digest in that repository. Raises as ``find_tag``, and ContentMismatch."""
         name = f"{registry}/{repository}"
-        known = self._manifests.find(digest) if self._grants.has(name, digest) else None
+        known = self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None
         if known is not None:
             return known
 
@@ -84,10 +84,14 @@ class Repositories:
         read_manifest(manifest.content, manifest.media_type)  # one that breaks its own rules is not kept
         self._manifests.put(manifest)
         # What it names is not granted with it: anybody can name what he does not have.
-        self._grants.add(name, (manifest.digest,))
+        self._grants.add(_manifests_of(name), (manifest.digest,))
+
+    def has_manifest(self, registry: str, repository: str, digest: str) -> bool:
+        """Whether that repository has once delivered the manifest of that digest."""
+        return self._grants.has(_manifests_of(f"{registry}/{repository}"), digest)
 
     def is_granted(self, registry: str, repository: str, digest: str) -> bool:
-        """Whether upstream is known to serve that digest from that repository."""
+        """Whether that repository has said that it has a blob of that digest."""
         return self._grants.has(f"{registry}/{repository}", digest)
 
     async def find_size(self, registry: str, repository: str, digest: str) -> int | None:
@@ -138,8 +142,7 @@ class Repositories:
         """The whole content of an image's config. Raises as ``open_blob``; UpstreamError when it is too large."""
         if size > MAX_CONFIG_BYTES:
             raise UpstreamError(f"the image's config {digest} is said to have {size} bytes; at most {MAX_CONFIG_BYTES}")
-        blob = await self.open_blob(registry, repository, digest)
-        content = await _read_all(blob)
+        content = await _read_all(await self.open_blob(registry, repository, digest), MAX_CONFIG_BYTES)
         if not matches(content, digest):
             self._blobs.discard(digest)
             raise UpstreamError(f"the stored config {digest} was damaged and has been dropped; pull again")
@@ -153,18 +156,32 @@ class Repositories:
         await self._fills.close()
 
 
-async def _read_all(blob: OpenBlob) -> bytes:
-    stream = blob.stream or (ReadAlong(blob.source) if isinstance(blob.source, FillReader) else None)
-    if stream is not None:
+def _manifests_of(name: str) -> str:
+    # Apart from its blobs: to say that one has a blob, a HEAD is enough.
+    return f"manifests of {name}"
+
+
+async def _read_all(blob: OpenBlob, limit: int) -> bytes:
+    """All of a blob; gives it back. Raises UpstreamError when it has more than ``limit`` bytes."""
+    if isinstance(blob.source, StoredBlob):
         try:
-            return b"".join([chunk async for chunk in stream])
+            content = os.pread(blob.source.fd, min(blob.source.size, limit + 1), 0)
+        finally:
+            blob.source.close()
+    else:
+        stream = ReadAlong(blob.source) if blob.source is not None else blob.stream
+        assert stream is not None  # noqa: S101
+        content = b""
+        try:
+            async for chunk in stream:
+                content += chunk
+                if len(content) > limit:
+                    break
         finally:
             await stream.aclose()
-    assert isinstance(blob.source, StoredBlob)  # noqa: S101
-    try:
-        return os.pread(blob.source.fd, blob.source.size, 0)
-    finally:
-        blob.source.close()
+    if len(content) > limit:
+        raise UpstreamError(f"the image's config has more than {limit} bytes")
+    return content
 
 
 class PassThrough:

@@ -90,7 +90,7 @@ class Puller:
         return manifest, state
 
     def _known(self, target: Target, digest: str) -> CacheState:
-        return "HIT" if self._repositories.is_granted(target.registry, target.repository, digest) else "MISS"
+        return "HIT" if self._repositories.has_manifest(target.registry, target.repository, digest) else "MISS"
 
     async def _manifest_by_digest(self, target: Target) -> tuple[StoredManifest, CacheState]:
         if target.config:
