@@ -8,10 +8,11 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
-from tests.servers import WaveProxy, free_port
+from tests.servers import WaveProxy, free_port, http_request
 from wave_proxy import __version__
 
 Wave = Callable[..., WaveProxy]
@@ -200,3 +201,27 @@ def test_interrupt_ends_it_cleanly(wave: Wave) -> None:
     proxy = wave()
     os.kill(proxy.pid, signal.SIGINT)
     assert proxy.stop() == 0
+
+
+def test_the_parts_work_together_when_each_is_started_alone(tmp_path: Path, redis_url: str) -> None:
+    port = free_port()
+    shared = ["--data", str(tmp_path / "data"), "--redis", redis_url]
+    commands = (["api", *shared], ["builder", *shared], ["proxy", *shared, "--port", str(port), "--workers", "1"])
+    command = [sys.executable, "-m", "wave_proxy"]
+    processes = [subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL) for arguments in commands]
+    try:
+        deadline = monotonic() + 30
+        while not answers(f"127.0.0.1:{port}", "/v2/") or not answers(f"127.0.0.1:{port}", "/service-info"):
+            assert monotonic() < deadline
+            sleep(0.05)
+    finally:
+        for process in processes:
+            process.terminate()
+    assert [process.wait(30) for process in processes] == [0, 0, 0]
+
+
+def answers(address: str, path: str) -> bool:
+    try:
+        return http_request(address, "GET", path).status == 200
+    except OSError:
+        return False

@@ -51,6 +51,7 @@ RedisUrl = Annotated[
 TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", metavar="FILE")]
 TlsKey = Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.", metavar="FILE")]
 
+_NEEDS_REDIS = "the {} alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL"
 _STAGES = {"proxy": 0, "api": 1, "builder": 1, "redis": 2}
 
 
@@ -91,18 +92,15 @@ def proxy(
 
 
 @cli.command()
-def api(
-    config: ConfigFile = None, data: Data = None, redis: RedisUrl = None, host: Host = None, port: Port = None
-) -> None:
-    """Run the API alone: on the data folder's Unix socket, and with --port also there. Needs a Redis."""
-    arguments = [] if port is None else ["--host", host or "0.0.0.0", "--port", str(port)]
-    _become("api", config, _overrides(data=data, redis_url=redis), arguments)
+def api(config: ConfigFile = None, data: Data = None, redis: RedisUrl = None) -> None:
+    """Run the API alone, for a proxy with the same data folder. Needs a Redis."""
+    _become("api", config, _overrides(data=data, redis_url=redis))
 
 
 @cli.command()
 def builder(config: ConfigFile = None, data: Data = None, redis: RedisUrl = None) -> None:
     """Run the builder alone. Needs a Redis."""
-    _become("builder", config, _overrides(data=data, redis_url=redis), [])
+    _become("builder", config, _overrides(data=data, redis_url=redis))
 
 
 @cli.command("config")
@@ -145,12 +143,15 @@ def _environment(config: Path | None, overrides: dict[str, Any]) -> dict[str, st
     return environment
 
 
-def _become(module: str, config: Path | None, overrides: dict[str, Any], arguments: list[str]) -> None:
+def _become(module: str, config: Path | None, overrides: dict[str, Any]) -> None:
+    """Go on as another program, in this process."""
     settings = _load(config, overrides)
     if not settings.redis_url.get_secret_value():
-        raise typer.Exit(fail(f"the {module} alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL"))
-    if module == "api":
-        arguments = ["--socket", str(runtime_folder(settings.data) / "api.sock"), *arguments]
+        raise typer.Exit(fail(_NEEDS_REDIS.format(module)))
+    try:
+        arguments = ["--socket", str(runtime_folder(settings.data) / "api.sock")] if module == "api" else []
+    except (StartFailed, OSError) as err:
+        raise typer.Exit(fail(str(err))) from None
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], _environment(config, overrides))  # noqa: S606
 
 
@@ -161,6 +162,8 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
     settings = _load(config, overrides)
     logs.configure(settings.log.format, settings.log.level, "supervisor")
     try:
+        if "api" not in parts and not settings.redis_url.get_secret_value():
+            raise StartFailed(_NEEDS_REDIS.format("proxy"))
         lock = claim_folder(settings.data) if "api" in parts else None
         if settings.tls_cert:
             server_context(settings.tls_cert, settings.tls_key)
@@ -197,8 +200,6 @@ def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], n
     sockets = runtime_folder(settings.data)
     parts: list[Part] = []
     if not settings.redis_url.get_secret_value():
-        if "api" not in names:
-            raise StartFailed("the proxy alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL")
         redis_socket = sockets / "redis.sock"
         command = redis_command(settings.data, redis_socket)
         parts.append(Part("redis", command, _STAGES["redis"], dict(os.environ), says_ready=False))
