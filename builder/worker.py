@@ -18,5 +18,5 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set. Raises StateUnavailable when the state store does not answer at the start."""
         await wait_until_up(self._redis)
-        log.info("builder is running; this version has no build engines, so there is nothing to build")
+        log.debug("builder is running; this version has no build engines, so there is nothing to build")
         await stop.wait()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def start(**settings: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WAVE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "WAVE_LOG__FORMAT": "json", **settings}
+    environment |= {"PYTHONPATH": str(ROOT), "WAVE_LOG__FORMAT": "json", "WAVE_LOG__LEVEL": "debug", **settings}
     return subprocess.Popen([sys.executable, "-m", "builder"], env=environment, stderr=subprocess.PIPE, text=True)
 
 

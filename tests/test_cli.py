@@ -175,6 +175,7 @@ def test_a_part_alone_says_that_it_needs_a_redis(tmp_path: Path, command: str) -
 
 def test_a_wrong_certificate_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("no certificate")
+    (tmp_path / "k").write_text("no key")
     result = run(
         "serve",
         "--port",
@@ -225,3 +226,35 @@ def answers(address: str, path: str) -> bool:
         return http_request(address, "GET", path).status == 200
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        (
+            '[registries."quay.io"]\nusername = "me"\npassword_file = "/none/pw"',
+            ["password_file", "/none/pw", "No such"],
+        ),
+        ('[registries."quay.io"]\nca_file = "/none/ca"', ["ca_file", "/none/ca"]),
+        ('[registries."quay.io"]\nusername = "me"', ["registries.quay.io", "password"]),
+        ('[registries."quay.io"]\npassword = "secret-1"', ["registries.quay.io", "username"]),
+        ('tls_cert = "/none/cert"', ["tls_cert", "/none/cert"]),
+        ('server_url = "http://wave/sub"', ["server_url", "path"]),
+    ],
+    ids=["password-file", "ca-file", "no-password", "no-username", "tls", "server-url"],
+)
+def test_what_could_not_work_is_said_before_anything_starts(tmp_path: Path, toml: str, expected: list[str]) -> None:
+    file = tmp_path / "wave.toml"
+    file.write_text(toml)
+    for command in (["config"], ["serve", "--port", "0", "--data", tmp_path / "data"]):
+        result = run(*command, "--config", file)
+        assert result.returncode == 2
+        assert [word for word in expected if word not in one_line(result)] == []
+        assert "secret-1" not in result.stderr
+
+
+def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cert.pem").touch()
+    result = run("serve", "--port", "0", "--data", tmp_path / "data", "--tls-cert", tmp_path / "cert.pem")
+    assert result.returncode == 2
+    assert "tls_key is not set" in one_line(result)

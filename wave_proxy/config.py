@@ -7,9 +7,20 @@ generated from here, so each field's description is what users read.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import to_json
 from pydantic_settings import (
     BaseSettings,
@@ -18,6 +29,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from wave_proxy.errors import clip
 from wave_proxy.image.reference import is_registry
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -54,10 +66,19 @@ def _path(value: object) -> object:
     return None if value == "" else value
 
 
+def _readable(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            path.open("rb").close()
+        except OSError as err:
+            raise ValueError(f"{path} can't be read: {err.strerror}") from None
+    return path
+
+
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 Quota = Annotated[str, BeforeValidator(_quota)]
-OptionalPath = Annotated[Path | None, BeforeValidator(_path)]  # empty text: none
+OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_readable)]  # empty text: none
 
 
 class _Section(BaseModel):
@@ -72,16 +93,14 @@ class RegistrySettings(_Section):
     )
     username: str = Field("", description="User for this registry.")
     password: SecretStr = Field(SecretStr(""), description="Password or access token of that user.")
-    password_file: OptionalPath = Field(None, description="File that holds the password, read at start.")
-    insecure: bool = Field(
-        False, description="Speak plain http. Loopback hosts always do, unless `endpoint` says https."
-    )
+    password_file: OptionalFile = Field(None, description="File that holds the password, read at start.")
+    insecure: bool = Field(False, description="Speak plain http. Loopback hosts always do, without a `ca_file`.")
     allow_private: bool | None = Field(
         None,
         description="Whether this host may resolve to loopback or private addresses. "
         "Unset: only where `endpoint` names such an address.",
     )
-    ca_file: OptionalPath = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
+    ca_file: OptionalFile = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
     proxy: str = Field("", description="Forward proxy (`http://host:port`) through which this registry is reached.")
 
     def read_password(self) -> str:
@@ -89,6 +108,14 @@ class RegistrySettings(_Section):
         if self.password_file is not None:
             return self.password_file.read_text().strip()
         return self.password.get_secret_value()
+
+    @model_validator(mode="after")
+    def _has_a_whole_login(self) -> Self:
+        has_password = bool(self.password.get_secret_value()) or self.password_file is not None
+        if bool(self.username) != has_password:
+            missing = "password or password_file" if self.username else "username"
+            raise ValueError(f"a login needs both: {missing} is missing")
+        return self
 
     @field_validator("endpoint", "proxy")
     @classmethod
@@ -186,8 +213,8 @@ class Settings(BaseSettings):
     redis_url: SecretStr = Field(
         SecretStr(""), description="`redis://`, `rediss://` or `unix://`; empty: an embedded Redis."
     )
-    tls_cert: OptionalPath = Field(None, description="Certificate chain (PEM): the port then speaks TLS.")
-    tls_key: OptionalPath = Field(None, description="Private key (PEM) of `tls_cert`.")
+    tls_cert: OptionalFile = Field(None, description="Certificate chain (PEM): the port then speaks TLS.")
+    tls_key: OptionalFile = Field(None, description="Private key (PEM) of `tls_cert`.")
     shutdown_grace: Duration = Field(10.0, description="On SIGTERM, running requests have this long to end.")
     registries: dict[str, RegistrySettings] = Field(default_factory=dict, description="Upstream registries by host.")
     accounts: dict[str, SecretStr] = Field(
@@ -207,7 +234,16 @@ class Settings(BaseSettings):
     def _is_url(cls, value: str) -> str:
         if value and not value.startswith(("http://", "https://")):
             raise ValueError("expected an address that begins with http:// or https://")
+        if value and urlsplit(value).path.strip("/"):
+            raise ValueError("expected scheme, host and port only: no path can stand before an image's name")
         return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _has_certificate_and_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_key" if self.tls_key is None else "tls_cert"
+            raise ValueError(f"TLS needs both tls_cert and tls_key: {missing} is not set")
+        return self
 
     @field_validator("redis_url")
     @classmethod
@@ -241,7 +277,8 @@ def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     Raises ConfigInvalid.
     """
     if config_file is not None and not config_file.is_file():
-        raise ConfigInvalid(f"configuration file {config_file} does not exist")
+        why = "is no file" if config_file.exists() else "does not exist"
+        raise ConfigInvalid(f"configuration file {config_file} {why}")
 
     class Sources(Settings):
         @classmethod
@@ -263,13 +300,17 @@ def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         raise ConfigInvalid(f"{config_file or 'environment'}: {err}") from None
 
 
+_SECRET_KEYS = ("password", "redis_url", "accounts")
+
+
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key"
-    value = repr(error["input"])
-    secret = any(word in key for word in ("password", "redis_url", "accounts"))
-    shown = "" if secret else f" (it is {value if len(value) <= 80 else value[:79] + '…'})"
+    value = str(error["input"]) if isinstance(error["input"], Path) else error["input"]
+    # A table may hold a password; of a single value, the key tells.
+    secret = not isinstance(value, str | int | float) or any(word in key for word in _SECRET_KEYS)
+    shown = "" if secret else f" (it is {clip(value, 80)})"
     return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 

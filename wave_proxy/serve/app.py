@@ -1,6 +1,8 @@
 """The port's handler: ``/v2/`` to the pull path, everything else to the api, and errors in the shape of each."""
 
 from errno import EMFILE, ENFILE
+from logging import INFO, WARNING
+from re import compile as compile_pattern
 from time import monotonic
 from typing import Literal
 from urllib.parse import unquote
@@ -8,13 +10,24 @@ from urllib.parse import unquote
 import orjson
 import structlog
 
-from wave_proxy.errors import MethodNotAllowed, Overloaded, RangeInvalid, RequestInvalid, WaveError, clip
+from wave_proxy.errors import (
+    Denied,
+    HostUnknown,
+    MethodNotAllowed,
+    Overloaded,
+    RangeInvalid,
+    RequestInvalid,
+    WaveError,
+    clip,
+)
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.pull import API_VERSION, NO_SNIFFING, Puller
 from wave_proxy.serve.route import is_registry_path
 
 _log = structlog.get_logger()
+
+_TOKEN = compile_pattern(r"\b([0-9a-f]{4})[0-9a-f]{28}\b")
 
 LogRequests = Literal["all", "failed", "none"]
 
@@ -29,14 +42,14 @@ class App:
 
     async def __call__(self, request: Request) -> Reply:
         """The reply to a request; never raises but for cancellation and lost connections."""
-        began = monotonic()
+        began, error = monotonic(), None
         registry = is_registry_path(request.target)
         try:
             if not request.target.startswith("/"):
                 raise RequestInvalid(f"the request's target {clip(request.target)} is not a path that begins with /")
             reply = await (self._puller.answer(request) if registry else self._forwarder.answer(request))
         except WaveError as err:
-            reply = _error_reply(err, registry)
+            error, reply = err, _error_reply(err, registry)
         except (ConnectionError, TimeoutError):
             raise
         except Exception as err:
@@ -45,12 +58,16 @@ class App:
                 return _error_reply(Overloaded("the server has too many open files; try again"), registry)
             _log.exception("request failed", method=request.method, target=redact(request.target))
             reply = _error_reply(WaveError("internal error: the server's log says more"), registry)
-        self._log_request(request, reply, began)
+        self._log_request(request, reply, error, began)
         return reply
 
-    def _log_request(self, request: Request, reply: Reply, began: float) -> None:
-        if self._log_requests == "all" or (self._log_requests == "failed" and reply.status >= 500):
-            _log.info(
+    def _log_request(self, request: Request, reply: Reply, error: WaveError | None, began: float) -> None:
+        # What the operator can mend counts as failed, whatever its status says to the client.
+        failed = reply.status >= 500 or isinstance(error, (Denied, HostUnknown))
+        if self._log_requests == "all" or (self._log_requests == "failed" and failed):
+            reason = {} if error is None else {"code": error.code, "reason": _TOKEN.sub(r"\1…", str(error))}
+            _log.log(
+                WARNING if failed else INFO,
                 "request",
                 method=request.method,
                 target=redact(request.target),
@@ -58,6 +75,7 @@ class App:
                 bytes=reply.content_length(),
                 client=request.client,
                 ms=round((monotonic() - began) * 1000, 1),
+                **reason,
             )
 
 

@@ -9,7 +9,7 @@ import structlog
 
 from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import StateUnavailable
-from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.reference import DOCKER_HUB, Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest
 from wave_proxy.serve.route import Route, unknown_token
 from wave_proxy.state.tokens import TokenStore
@@ -62,7 +62,9 @@ class Resolver:
     async def resolve(self, route: Route) -> Target:
         """What ``route`` is about. Raises NameUnknown, StateUnavailable."""
         if not route.token:
-            return Target(route.registry, route.repository, route.reference)
+            official = route.registry == DOCKER_HUB and "/" not in route.repository
+            repository = f"library/{route.repository}" if official else route.repository
+            return Target(route.registry, repository, route.reference)
         known = self._memory.get(route.token) or await self._looking_up.run(
             route.token, lambda: self._look_up(route.token)
         )

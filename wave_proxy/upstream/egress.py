@@ -75,16 +75,17 @@ def endpoint_for(
 ) -> Endpoint:
     """The endpoint of a registry from its settings; the defaults are those of a registry without any.
 
-    Plain http is for ``insecure`` and loopback hosts. ``allow_private`` None means: only where ``url`` itself names
-    localhost or a private address. Raises ValueError when ``url`` is no address of a registry.
-    Source: ``wave.md`` §2.4.1 and its vectors V31.
+    Plain http is for ``insecure``, and for loopback hosts without a ``ca_file``. ``allow_private`` None means: only
+    where ``url`` itself names localhost or a private address. Raises ValueError when ``url`` is no address of a
+    registry. Source: ``wave.md`` §2.4.1 and its vectors V31.
     """
     if url:
         base = url.rstrip("/").removesuffix("/v2")
     elif registry == DOCKER_HUB:
         base = "https://registry-1.docker.io"
     else:
-        scheme = "http" if insecure or _is_loopback(URL(f"//{registry}").host or "") else "https"
+        plain = insecure or (_is_loopback(URL(f"//{registry}").host or "") and not ca_file)
+        scheme = "http" if plain else "https"
         base = f"{scheme}://{registry}"
     try:
         host = parse_url(base).host or ""
@@ -338,9 +339,12 @@ class Egress:
                 f"{host} is at a private or loopback address; where that is meant, set allow_private = true in {table}"
             )
         if isinstance(err, aiohttp.ClientConnectorDNSError):
-            if getattr(err.os_error, "errno", None) in _NO_SUCH_HOST:
-                return HostUnknown(f"the host {host} is not known: {reason}; check how it is spelled")
-            return UpstreamUnavailable(f"{host} can't be resolved: {reason}")
+            text = f"this machine can't resolve {host}: {reason}; check the name, or this machine's DNS and network"
+            known = endpoint is not None and (endpoint.registry == DOCKER_HUB or endpoint.registry in self._endpoints)
+            misspelled = getattr(err.os_error, "errno", None) in _NO_SUCH_HOST and not known
+            return HostUnknown(text) if misspelled else UpstreamUnavailable(text)
+        if isinstance(err, aiohttp.ClientSSLError) and "WRONG_VERSION_NUMBER" in str(err):
+            return UpstreamUnavailable(f"{host} does not speak TLS; for plain http set insecure = true in {table}")
         if isinstance(err, aiohttp.ClientSSLError):
             return UpstreamUnavailable(
                 f"no TLS connection to {host}: {reason}; certificates of your own go into ca_file of {table}"
