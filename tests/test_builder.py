@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 def start(**settings: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WAVE_")}
-    environment |= {"PYTHONPATH": str(ROOT), "WAVE_LOG__FORMAT": "json", "WAVE_LOG__LEVEL": "debug", **settings}
+    environment |= {"PYTHONPATH": str(ROOT), "WAVE_LOG__FORMAT": "json", **settings}
     return subprocess.Popen([sys.executable, "-m", "builder"], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_builder_runs_until_sigterm(redis_url: str) -> None:
-    with start(WAVE_REDIS_URL=redis_url) as builder:
+    with start(WAVE_REDIS_URL=redis_url, WAVE_LOG__LEVEL="debug") as builder:
         assert builder.stderr is not None
         assert "builder is running" in builder.stderr.readline()
         builder.send_signal(signal.SIGTERM)
@@ -30,7 +30,7 @@ def test_a_builder_runs_until_sigterm(redis_url: str) -> None:
 def test_a_builder_reads_the_configuration_file(redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "wave.toml"
     file.write_text(f'redis_url = "{redis_url}"\n')
-    with start(WAVE_CONFIG_FILE=str(file)) as builder:
+    with start(WAVE_CONFIG_FILE=str(file), WAVE_LOG__LEVEL="debug") as builder:
         assert builder.stderr is not None
         assert "builder is running" in builder.stderr.readline()
         builder.send_signal(signal.SIGINT)
