@@ -7,6 +7,7 @@ from contextlib import suppress
 from hashlib import sha256
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -106,6 +107,9 @@ def test_a_lie_about_the_size_frees_nothing(
         address = f"127.0.0.1:{liar.getsockname()[1]}"
         proxy = wave(upstreams=[registry.address, address], data=tmp_path / "data")
         proxy.pull(proxy.submit(containerImage=f"{registry.address}/lib/app:v1")["targetImage"])
+        spool = tmp_path / "data" / "spool"
+        while any(spool.iterdir()):  # what was pulled is stored a moment after the last byte was sent
+            sleep(0.01)
         stored = set((tmp_path / "data" / "blobs").rglob("*"))
         pool.submit(answer_with_a_lie, liar)
         connection = HTTPConnection(proxy.address)
