@@ -243,7 +243,6 @@ class Fills:
         try:
             while not fill.finished:
                 await self._lead_or_follow(fill, opener)
-            self._grants.add(fill.origin, (fill.digest,))
             self._evictor.nudge()
         except WaveError as err:
             _log.warning("fill failed", digest=fill.digest, error=str(err))
@@ -259,18 +258,27 @@ class Fills:
             fill.end()
 
     async def _lead_or_follow(self, fill: Fill, opener: Opener) -> None:
-        # Another process may have finished it; what came from elsewhere does not count.
-        stored = self._store.find(fill.digest) if self._grants.has(fill.origin, fill.digest) else None
-        if stored is not None:
-            fill.attach(stored.fd)
-            fill.finish(stored.size)
+        if self._take_stored(fill):
             return
         spool = self._folder / spool_name(fill.origin, fill.digest)
         fill.attach(_open_spool(spool))
         if not _lock(fill.fd):
             await self._follow(fill, spool)
-        elif _is_same_file(fill.fd, spool):
-            await _Lead(fill, spool, self._store, self._evictor).run(opener)
+        elif not _is_same_file(fill.fd, spool):
+            return  # it was stored or dropped in between: look again
+        elif os.fstat(fill.fd).st_size == 0 and self._take_stored(fill):
+            spool.unlink(missing_ok=True)  # stored since the first look, so that this one is new
+        else:
+            await _Lead(fill, spool, self._store, self._evictor, self._grants).run(opener)
+
+    def _take_stored(self, fill: Fill) -> bool:
+        """Whether another process has finished it; what came from elsewhere does not count."""
+        stored = self._store.find(fill.digest) if self._grants.has(fill.origin, fill.digest) else None
+        if stored is None:
+            return False
+        fill.attach(stored.fd)
+        fill.finish(stored.size)
+        return True
 
     async def _follow(self, fill: Fill, spool: Path) -> None:
         """Read along with another process; returns when it is done or gone, for the caller to look again."""
@@ -299,8 +307,9 @@ class Fills:
 class _Lead:
     """The fetch itself, in the process that holds the spool's lock."""
 
-    def __init__(self, fill: Fill, spool: Path, store: BlobStore, evictor: Evictor) -> None:
+    def __init__(self, fill: Fill, spool: Path, store: BlobStore, evictor: Evictor, grants: Grants) -> None:
         self._fill = fill
+        self._grants = grants
         self._spool = spool
         self._size_file = spool.with_name(spool.name + SIZE_SUFFIX)
         self._store = store
@@ -320,6 +329,7 @@ class _Lead:
             await asyncio.to_thread(os.fsync, self._fill.fd)
             # Readers' duplicates share it and keep the evictor away; and once it is visible, nobody may be refused.
             fcntl.flock(self._fill.fd, fcntl.LOCK_SH)
+            self._grants.add(self._fill.origin, (self._fill.digest,))  # who finds it stored finds this as well
             self._store.adopt(self._fill.digest, self._spool)
             self._size_file.unlink(missing_ok=True)
         except (UpstreamUnavailable, UpstreamTimeout):
