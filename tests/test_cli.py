@@ -258,3 +258,17 @@ def test_a_certificate_without_its_key_is_refused(tmp_path: Path) -> None:
     result = run("serve", "--port", "0", "--data", tmp_path / "data", "--tls-cert", tmp_path / "cert.pem")
     assert result.returncode == 2
     assert "tls_key is not set" in one_line(result)
+
+
+def test_a_worker_without_redis_says_so_in_one_line(tmp_path: Path) -> None:
+    environment = {"WAVE_REDIS_URL": f"unix://{tmp_path}/none.sock", "WAVE_API_SOCKET": str(tmp_path / "api.sock")}
+    result = subprocess.run(
+        [sys.executable, "-m", "wave_proxy.serve"],
+        env={**os.environ, **environment, "WAVE_PORT": str(free_port()), "WAVE_DATA": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "none.sock does not answer" in one_line(result)

@@ -170,7 +170,7 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
         if url := settings.redis_url.get_secret_value():
             asyncio.run(_check_redis(url))
         overrides["port"] = claim_port(settings.host, settings.port)
-        settings = _load(config, overrides)
+        settings = settings.model_copy(update={"port": overrides["port"]})
         chosen = _parts(settings, config, overrides, parts)
     except (StartFailed, StateUnavailable, TlsInvalid) as err:
         return fail(str(err))

@@ -36,7 +36,7 @@ from wave_proxy.serve.layers import Layers
 from wave_proxy.serve.pull import Puller
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.tls import server_context
-from wave_proxy.state.redis import connect, wait_until_up
+from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
@@ -61,13 +61,12 @@ async def _run(settings: Settings) -> None:
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     tls = server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+    sockets = _listening_sockets(settings.host, settings.port)
+    redis = connect(settings.redis_url.get_secret_value())
+    await wait_until_up(redis)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as background:
-        handler = await _compose(settings, stack, background)
-        server = Server(handler, _limits(settings))
-        listeners = [
-            await loop.create_server(server, sock=sock, ssl=tls, backlog=4096)
-            for sock in _listening_sockets(settings.host, settings.port)
-        ]
+        server = Server(_compose(settings, redis, stack, background), _limits(settings))
+        listeners = [await loop.create_server(server, sock=sock, ssl=tls, backlog=4096) for sock in sockets]
         gc.freeze()  # what was built so far lives as long as the process: no collection has to look at it
         say_ready()
         await stop.wait()
@@ -77,11 +76,9 @@ async def _run(settings: Settings) -> None:
         await stack.aclose()
 
 
-async def _compose(settings: Settings, stack: AsyncExitStack, background: asyncio.TaskGroup) -> App:
+def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> App:
     """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
-    redis = connect(settings.redis_url.get_secret_value())
     stack.push_async_callback(redis.aclose)
-    await wait_until_up(redis)
     tokens = TokenStore(redis, settings.tokens.retention)
     egress = Egress(
         read_endpoints(settings.registries),
