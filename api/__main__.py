@@ -22,7 +22,7 @@ from api.accounts import Accounts
 from api.app import create_app
 from api.containers import Containers
 from api.locations import OpenHosts, address_of
-from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.config import ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
 from wave_proxy.readiness import say_ready
@@ -43,9 +43,8 @@ def main() -> None:
     path: Path = parser.parse_args().socket
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
-    config_file = os.environ.get("WAVE_CONFIG_FILE")
     try:
-        settings = load(Path(config_file) if config_file else None, {})
+        settings = receive()
         configure(settings.log.format, settings.log.level, "api")
         uvloop.run(_serve(settings, path))
     except (ConfigInvalid, StateUnavailable, OSError, ValueError) as err:
@@ -89,6 +88,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         connect_timeout_s=settings.upstream.connect_timeout,
         response_timeout_s=settings.upstream.response_timeout,
         idle_timeout_s=settings.upstream.idle_timeout,
+        offline=settings.upstream.offline,
     )
     stack.push_async_callback(egress.close)
     registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)

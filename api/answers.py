@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from re import compile as compile_pattern
 from typing import Any
 
 import orjson
@@ -10,9 +9,6 @@ import orjson
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
 from wave_proxy.state.tokens import TokenRecord
-
-_FUSION_HOST = "https://fusionfs.seqera.io/"
-_FUSION_FILE = compile_pattern(r"v([^/]+)-\w+\.json|fusion-\w+\.tar\.gz")
 
 
 def filled(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def described(record: TokenRecord, authority: str) -> dict[str, Any]:
             "waveImage": target_image(authority, record.token, request),
             "waveDigest": record.wave_digest,
             "expiration": format_instant(request.expires),
-            "fusionVersion": _fusion_version(request.config.layers),
+            "fusionVersion": request.config.fusion_version,
             "mirror": False,
         }
     )
@@ -148,16 +144,3 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "gzipSize": layer.gzip_size,
         "tarDigest": layer.tar_digest,
     }
-
-
-def _fusion_version(layers: tuple[Layer, ...]) -> str:
-    """The version of the first Fusion layer, empty when there is none. Source: ``wave.md`` §8.4, vectors V29."""
-    for layer in layers:
-        if not layer.location.startswith(_FUSION_HOST):
-            continue
-        folder, _, file = layer.location.rpartition("/")
-        _, package, version = folder.rpartition("/pkg/")
-        match = _FUSION_FILE.fullmatch(file)
-        if match and (match[1] or (package and version)):
-            return match[1] or version.replace("/", ".")
-    return ""

@@ -1,4 +1,4 @@
-"""Claim: deciding on a request, with a permit at hand or with a refusal remembered, is a call of well under 100 ns."""
+"""Claim: a decision takes some 40 ns, a refusal behind 60 others some 110 ns; the twin takes 3 to 5 times that."""
 
 from collections.abc import Callable
 

@@ -1,9 +1,10 @@
-"""What asks the servers: wrk, readers of big blobs, a steady client; and what is read of a process's memory."""
+"""What asks the servers: wrk, readers of big blobs, a steady client; and what processes take."""
 
 import asyncio
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -131,6 +132,34 @@ async def _read_answer(reader: asyncio.StreamReader) -> None:
     await reader.readexactly(int(length[1]))
 
 
+def ask_each(address: str, paths: Sequence[str], connections: int) -> float:
+    """Get each manifest once, over so many connections; returns the seconds.
+
+    Raises ExceptionGroup of AssertionError for any other answer.
+    """
+    return asyncio.run(_ask_each(address, paths, connections))
+
+
+async def _ask_each(address: str, paths: Sequence[str], connections: int) -> float:
+    left = iter(paths)
+    began = monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(_ask_next(address, left))
+    return monotonic() - began
+
+
+async def _ask_next(address: str, left: Iterator[str]) -> None:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        for path in left:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {address}\r\nAccept: {ACCEPT_MANIFESTS}\r\n\r\n".encode())
+            await _read_answer(reader)
+    finally:
+        writer.transport.abort()
+
+
 def check_image(peer: Peer, sample: Sample) -> PulledImage:
     """Pull a whole image, each digest and size checked, and see that its layers are the origin's.
 
@@ -142,12 +171,26 @@ def check_image(peer: Peer, sample: Sample) -> PulledImage:
     return pulled
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def processor_s(pids: Iterable[int]) -> float:
+    """Seconds that the processes have been running on a processor so far, in all; to a hundredth."""
+    # After the name, which may hold anything, in parentheses.
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pids: Iterable[int]) -> int:
     """Bytes that the processes have resident now, in all."""
     return sum(_status(pid, "VmRSS") for pid in pids)
+
+
+def socket_memory() -> int:
+    """Bytes that the kernel holds for all TCP connections of this machine: what was sent and not read yet, mostly."""
+    match = re.search(r"^TCP: .* mem (\d+)", Path("/proc/net/sockstat").read_text(), re.MULTILINE)
+    assert match is not None, "/proc/net/sockstat does not tell"
+    return int(match[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_resident(pids: Iterable[int]) -> int:

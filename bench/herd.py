@@ -2,16 +2,12 @@
 
 import asyncio
 import json
-import resource
-import signal
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import chain
-from multiprocessing import get_context
 from multiprocessing.connection import Connection as Pipe
-from multiprocessing.process import BaseProcess
 from platform import machine
 from time import monotonic
 from types import TracebackType
@@ -20,6 +16,7 @@ from typing import Any, Literal, Self, cast
 import httptools
 import uvloop
 
+from bench.children import child, raise_file_limit
 from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES
 from wave_proxy.image.reference import Reference, parse_reference
 
@@ -288,8 +285,7 @@ async def _ask_until(deadline: float, address: tuple[str, int], image: Reference
 
 def _work(pipe: Pipe) -> None:
     """A child process: does what comes through the pipe until that is closed."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_file_limit()
     with suppress(EOFError, BrokenPipeError):
         pipe.send("ready")
         while True:
@@ -311,33 +307,19 @@ class Herd:
 
     def __init__(self, processes: int) -> None:
         self._count = processes
-        self._children: list[tuple[BaseProcess, Pipe]] = []
+        self._stack = ExitStack()
+        self._children: list[Pipe] = []
 
     def __enter__(self) -> Self:
-        context = get_context("spawn")
-        # Ctrl-C goes to all processes of a terminal: these leave it to the one that started them.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            for _ in range(self._count):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()
-                self._children.append((process, ours))
-        finally:
-            signal.signal(signal.SIGINT, before)
-        for _, pipe in self._children:
+        self._children = [self._stack.enter_context(child(_work)) for _ in range(self._count)]
+        for pipe in self._children:
             pipe.recv()  # the first pull shall not wait for imports
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process, pipe in self._children:
-            process.kill()
-            process.join()
-            process.close()
-            pipe.close()
+        self._stack.close()
 
     def pull(self, image: str, clients: int) -> list[Pull]:
         """Pull ``host:port/repository:tag`` with so many clients at once; what failed says so in its Pull.
@@ -354,11 +336,11 @@ class Herd:
 
     def _share(self, kind: Literal["pull", "ask"], image: str, clients: int, *arguments: float) -> list[Any]:
         reference = parse_reference(image)
-        for number, (_, pipe) in enumerate(self._children):
+        for number, pipe in enumerate(self._children):
             share = len(range(number, clients, self._count))
             pipe.send((kind, (reference, share, *arguments)))
         try:
-            results: list[list[Any] | PullFailed] = [pipe.recv() for _, pipe in self._children]
+            results: list[list[Any] | PullFailed] = [pipe.recv() for pipe in self._children]
         except EOFError:
             raise PullFailed("a process of clients ended before its work did") from None
         merged: list[Any] = []

@@ -227,6 +227,10 @@ class Origin:
     pid: int
     log: Path
 
+    def image_name(self, sample: Sample) -> str:
+        """``host:port/repository:tag``."""
+        return f"{self.address}/{sample.repository}:{sample.tag}"
+
     def asked(self) -> list[Asked]:
         """The requests so far, in the order in which they ended."""
         rows = (line.split() for line in self.log.read_text().splitlines())
@@ -313,10 +317,12 @@ def _pull_through(folder: Path, origin: Origin) -> AbstractContextManager[Peer]:
     return _registry(folder, PULL_THROUGH, {"proxy": {"remoteurl": f"http://{origin.address}"}})
 
 
-def make_wave(folder: Path, *, origin: str = "", workers: int = 1, config: str = "") -> WaveProxy:
-    """``wave-proxy serve`` without a quota, ready to be started; ``origin`` is the registry that it may reach."""
-    settings = f'[quota]\npull_anonymous = "off"\n{config}'
-    return WaveProxy(folder, workers=workers, config=settings, upstreams=[origin] if origin else [])
+def make_wave(folder: Path, *, origin: str = "", workers: int = 1, config: str = "", redis: str = "") -> WaveProxy:
+    """``wave-proxy serve``, ready to be started; ``origin`` is the registry that it may reach.
+
+    Pulls are not limited, unless ``config`` (tables of TOML) has a table ``[quota]``.
+    """
+    return WaveProxy(folder, workers=workers, config=config, upstreams=[origin] if origin else [], redis=redis)
 
 
 @contextmanager
@@ -342,8 +348,7 @@ def _wave(folder: Path, origin: Origin, workers: int, config: str) -> Iterator[P
     def repository_of(sample: Sample) -> str:
         name = sample.repository, sample.tag
         if name not in targets:
-            wanted = f"{origin.address}/{sample.repository}:{sample.tag}"
-            answer = proxy.submit(containerImage=wanted, containerConfig={"env": [ADDED_ENV]})
+            answer = proxy.submit(containerImage=origin.image_name(sample), containerConfig={"env": [ADDED_ENV]})
             targets[name], _ = split_image(answer["targetImage"])
         return targets[name]
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import ceil, inf, isnan, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from statistics import median
 from subprocess import run
+from textwrap import fill
 from typing import Any, Literal
 
 from bench.peers import PACKAGES, WAVE, Missing, find_program
@@ -170,6 +171,12 @@ def _document(result: Result) -> dict[str, Any]:
     return {**asdict(result), "medians": medians, "ratios": finite, "goals": goals}
 
 
+_COLUMNS = 2
+_TITLE_WIDTH = 85
+_REACH = 2.5  # of the longest bar
+_LEGEND = "bars: medians, with the least and the most; a line: what our bar is held to, red where it is missed"
+
+
 def has_matplotlib() -> bool:
     """Whether plot() can draw."""
     try:
@@ -180,23 +187,27 @@ def has_matplotlib() -> bool:
 
 
 def plot(results: Sequence[Result], machine: Mapping[str, str], file: Path) -> None:
-    """Draw the medians of what has a peer (of all, where nothing has); the file's suffix says in which format.
+    """Draw what was compared as bars, a panel each, and under them what was not as text; the suffix is the format.
 
     Needs has_matplotlib(). Raises OSError, and ValueError for a format that is not known.
     """
     from matplotlib.figure import Figure
 
     compared = [result for result in results if len(result.figures) > 1]
-    shown = compared or results
-    columns = min(len(shown), 2)
-    rows = ceil(len(shown) / columns)
-    figure = Figure(figsize=(7 * columns, 2.2 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, result in zip(axes, shown, strict=False):
-        _draw(axis, result)
-    for axis in axes[len(shown) :]:
-        axis.remove()
-    figure.suptitle(f"{machine['processor']}, {machine['date']}", fontsize=9)
+    single = [result for result in results if len(result.figures) == 1]
+    rows = [compared[start : start + _COLUMNS] for start in range(0, len(compared), _COLUMNS)]
+    # Bars are as high in one row as in another, and a line of text is lower.
+    heights = [max(len(result.figures) for result in row) + 1.6 for row in rows]
+    heights += [(len(single) + 1) * 0.75] if single else []
+    figure = Figure(figsize=(7.5 * _COLUMNS, 0.3 * sum(heights) + 0.5), layout="constrained")
+    grid = figure.add_gridspec(len(heights), _COLUMNS, height_ratios=heights)
+    for number, row in enumerate(rows):
+        for column, result in enumerate(row):
+            _draw(figure.add_subplot(grid[number, column]), result)
+    if single:
+        _write(figure.add_subplot(grid[len(rows), :]), single)
+    told = f"wave-proxy {machine['wave-proxy']} on {machine['processor']}, {machine['date']}"
+    figure.suptitle(f"{told}\n{_LEGEND}", fontsize=9)
     figure.savefig(file)
 
 
@@ -207,9 +218,40 @@ def _draw(axis: Any, result: Result) -> None:
     above = [max(result.figures[server]) - value for value, server in zip(medians, servers, strict=True)]
     colours = ["tab:blue" if server == result.ours else "silver" for server in servers]
     bars = axis.barh(servers, medians, xerr=[below, above], color=colours, ecolor="dimgray", capsize=2)
-    axis.bar_label(bars, [number(value) for value in medians], padding=4, fontsize=8)
-    axis.set_title(f"{result.work} ({result.unit})", loc="left", fontsize=9)
-    axis.margins(x=0.12)
+    # One round that went wrong shall not press all bars flat.
+    reach = min(max(value + more for value, more in zip(medians, above, strict=True)), _REACH * max(medians)) or 1.0
+    # Behind the whiskers, which else would run through the figures.
+    ends = [min(value + more, reach) for value, more in zip(medians, above, strict=True)]
+    for bar, value, end in zip(bars, medians, ends, strict=True):
+        place, box = (end, bar.get_y() + bar.get_height() / 2), {"color": "white", "pad": 0.5}
+        axis.annotate(number(value), place, (5, 0), "data", "offset points", va="center", size=8, bbox=box)
+    axis.set_title(fill(f"{result.work} ({result.unit})", _TITLE_WIDTH), loc="left", fontsize=9)
+    axis.set_xlim(0, reach * 1.15)
     axis.invert_yaxis()
     axis.tick_params(labelsize=8)
+    axis.xaxis.set_major_formatter(lambda value, _: number(value))
     axis.spines[["top", "right"]].set_visible(False)
+    _draw_goals(axis, result)
+
+
+def _draw_goals(axis: Any, result: Result) -> None:
+    """A line where each goal is: what our bar has to reach, or not to pass."""
+    for goal in result.goals:
+        at = goal.bound * (median(result.figures[goal.versus]) if goal.versus in result.figures else not goal.versus)
+        if not 0 < at <= axis.get_xlim()[1]:
+            continue  # of a peer that is missing, or far beyond the bars
+        held = result.judge(goal) == "held"
+        place = list(result.figures).index(result.ours)
+        axis.plot([at, at], [place - 0.5, place + 0.5], color="tab:green" if held else "tab:red", linewidth=2)
+
+
+def _write(axis: Any, results: Sequence[Result]) -> None:
+    axis.set_axis_off()
+    for line, result in enumerate(results):
+        (values,) = result.figures.values()
+        told = ", ".join(f"held to {_bound(goal)}: {result.judge(goal)}" for goal in result.goals)
+        missed = any(result.judge(goal) == "missed" for goal in result.goals)
+        place, colour = 1 - (line + 1) / (len(results) + 1), "tab:red" if missed else "black"
+        cells = (0.0, f"{result.work} ({result.unit})"), (0.64, number(median(values))), (0.72, told)
+        for left, text in cells:
+            axis.text(left, place, text, fontsize=8, color=colour, va="center", transform=axis.transAxes)

@@ -1,15 +1,13 @@
 """``python -m builder``: one builder process, configured as the proxy is (WAVE_CONFIG_FILE and environment)."""
 
 import asyncio
-import os
 import signal
 import sys
-from pathlib import Path
 
 import structlog
 
 from builder.worker import Worker
-from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.config import ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
 from wave_proxy.state.redis import connect
@@ -33,9 +31,8 @@ async def run(settings: Settings) -> None:
 
 def main() -> int:
     """The exit code: 0 after a signal, 2 for settings that can't be used, 1 without Redis."""
-    config_file = os.environ.get("WAVE_CONFIG_FILE")
     try:
-        settings = load(Path(config_file) if config_file else None, {})
+        settings = receive()
     except ConfigInvalid as err:
         print(f"error: {err}", file=sys.stderr)  # noqa: T201
         return 2

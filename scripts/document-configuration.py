@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -43,7 +44,7 @@ def page() -> str:
     parts = [_HEAD, "## General\n\n", *_table(general, "WAVE_")]
     for key, section in sections.items():
         model = type(section)
-        parts += [f"\n## `[{key}]`\n\n{model.__doc__}\n\n", *_table(model.model_fields, f"WAVE_{key.upper()}__")]
+        parts += [f"\n## `[{key}]`\n\n{getdoc(model)}\n\n", *_table(model.model_fields, f"WAVE_{key.upper()}__")]
     parts += [f'\n## `[registries."<host>"]`\n\n{RegistrySettings.__doc__}\n\n', _REGISTRIES, "\n"]
     parts += _table(RegistrySettings.model_fields, "")
     return "".join(parts)
@@ -74,6 +75,8 @@ def _type(field: FieldInfo) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) is dict:
         return "table"
+    if get_origin(annotation) is tuple:
+        return "list of texts"
     names = {str: "text", SecretStr: "text", Path: "path", bool: "true or false", int: "number"}
     return next(names[kind] for kind in (annotation, *get_args(annotation)) if kind in names)
 
@@ -84,6 +87,8 @@ def _default(field: FieldInfo) -> str:
         return "unset"
     if value == {}:
         return "none"
+    if value == ():
+        return "`[]`"
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if isinstance(value, bool | int) and _SIZE not in field.metadata:

@@ -11,12 +11,15 @@ from bench.upstream import Upstream
 from tests.outgoing import registry_at
 from wave_proxy.cache.blobs import BlobStore, StoredBlob
 from wave_proxy.cache.evict import Evictor
-from wave_proxy.cache.fill import Fill, FillReader, Fills, Opener, ReadAlong
+from wave_proxy.cache.fill import Fill, FillReader, ReadAlong
+from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.grants import Grants
+from wave_proxy.cache.lead import Opener
 from wave_proxy.cache.manifests import ManifestStore
 from wave_proxy.cache.repositories import OpenBlob, Repositories
 from wave_proxy.cache.tags import Tags
-from wave_proxy.upstream.registry import BlobStream, Registry
+from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.transfer import BlobStream
 
 REPOSITORY = "lib/tool"
 ORIGIN = "registry"  # of the fills that tests join themselves
@@ -59,10 +62,11 @@ async def worker(
     max_bytes: int = 1 << 40,
     response_timeout_s: float = 30.0,
     idle_timeout_s: float = 30.0,
+    parallel: int = 1,
 ) -> AsyncIterator[Worker]:
     """A worker over ``root``; when the test is through with it, no fill and no answer of an upstream may be left."""
     async with registry_at(
-        *upstreams, response_timeout_s=response_timeout_s, idle_timeout_s=idle_timeout_s
+        *upstreams, response_timeout_s=response_timeout_s, idle_timeout_s=idle_timeout_s, parallel=parallel
     ) as registry:
         blobs, evictor = BlobStore(root), Evictor(root, max_bytes)
         grants, tags = Grants(root), Tags(root, ttl_s)

@@ -5,10 +5,12 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.upstream import Upstream
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress, Endpoint, endpoint_for
+from wave_proxy.upstream.limits import Limits
 from wave_proxy.upstream.registry import Registry
 
 LOGIN = Login("user", "secret")  # what bench.upstream lets in
@@ -26,7 +28,7 @@ def connections_in_use(egress: Egress) -> int:
 
 
 @asynccontextmanager
-async def egress_to(*addresses: str, **options: float) -> AsyncIterator[Egress]:
+async def egress_to(*addresses: str, **options: Any) -> AsyncIterator[Egress]:
     """An egress with those registries configured; when the test is through, no answer may be open."""
     egress = Egress(opened(*addresses), **options)
     try:
@@ -38,12 +40,17 @@ async def egress_to(*addresses: str, **options: float) -> AsyncIterator[Egress]:
 
 @asynccontextmanager
 async def registry_at(
-    *upstreams: Upstream, login: Login | None = None, attempts: int = 2, **options: float
+    *upstreams: Upstream,
+    login: Login | None = None,
+    attempts: int = 2,
+    limits: Limits | None = None,
+    parallel: int = 1,
+    **options: float,
 ) -> AsyncIterator[Registry]:
     """A client of those upstreams, which it may all log in to."""
     async with egress_to(*(upstream.address for upstream in upstreams), **options) as egress:
         logins = {upstream.address: login for upstream in upstreams if login}
-        registry = Registry(egress, Credentials(logins), attempts=attempts)
+        registry = Registry(egress, Credentials(logins), attempts=attempts, limits=limits, parallel=parallel)
         try:
             yield registry
         finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,22 @@ from bench.images import Layer as MadeLayer
 from bench.upstream import Upstream
 from tests.cached import Worker, worker
 from tests.servers import PulledImage, Response, http_request, pull
+from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.origin import ClientAddress
 from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
-from wave_proxy.state.redis import connect
+from wave_proxy.serve.stats import RequestStats
+from wave_proxy.state.quota import Quotas
+from wave_proxy.state.redis import cancel, connect
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.egress import unix_session
 
 
@@ -34,6 +40,8 @@ class Port:
     worker: Worker
     tokens: TokenStore
     augmenter: Augmenter
+    usage: Usage
+    stats: RequestStats
 
     async def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Response:
         return await asyncio.to_thread(http_request, self.address, method, path, headers=headers)
@@ -56,7 +64,14 @@ class Port:
 
 @asynccontextmanager
 async def port(
-    root: Path, redis_url: str, *upstreams: Upstream, ttl_s: float = 60.0, response_timeout_s: float = 30.0
+    root: Path,
+    redis_url: str,
+    *upstreams: Upstream,
+    ttl_s: float = 60.0,
+    response_timeout_s: float = 30.0,
+    limits: Mapping[tuple[str, bool], Limit | None] | None = None,
+    wait_s: float = 0.0,
+    trusted: Sequence[str] = (),
 ) -> AsyncIterator[Port]:
     """A worker over ``root``; when the test is through with it, nothing of it may be left."""
     async with AsyncExitStack() as stack:
@@ -66,21 +81,27 @@ async def port(
         one = await stack.enter_async_context(
             worker(root, *upstreams, ttl_s=ttl_s, response_timeout_s=response_timeout_s)
         )
-        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens)
+        quotas, usage, stats = Quotas(redis, limits or {}, wait_s=wait_s), Usage(redis), RequestStats()
+        ready = ReadyReplies(quotas, usage, stats)
+        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready)
         stack.push_async_callback(augmenter.close)
         stack.push_async_callback(resolver.close)
         layers = Layers(one.repositories, one.registry, one.blobs, tokens)
-        puller = Puller(resolver, one.repositories, augmenter, layers, one.registry, tokens)
+        puller = Puller(resolver, one.repositories, augmenter, layers, one.registry, tokens, quotas, usage)
         forwarder = Forwarder(unix_session(str(root / "no-api.sock"), limit=1))
         stack.push_async_callback(forwarder.close)
-        server = Server(App(puller, forwarder, "none"), Limits())
+        background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]
+        server = Server(App(puller, forwarder, stats, "none"), Limits(), ClientAddress(trusted), ready)
         listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
         number = listener.sockets[0].getsockname()[1]
         try:
-            yield Port(f"127.0.0.1:{number}", one, tokens, augmenter)
+            yield Port(f"127.0.0.1:{number}", one, tokens, augmenter, usage, stats)
         finally:
             listener.close()
             await server.shut_down(grace_s=1)
+            await cancel(*background)
+            await quotas.close()
+            await usage.close()
 
 
 def inline(layer: MadeLayer) -> Layer:

@@ -171,7 +171,8 @@ def split_image(target_image: str) -> tuple[str, str]:
 class WaveProxy:
     """``python -m wave_proxy serve`` as a child; a context manager that ends it with all of its processes.
 
-    ``config`` is TOML; ``upstreams`` are addresses that it may reach over plain http on loopback.
+    ``config`` is TOML; ``upstreams`` are addresses that it may reach over plain http on loopback. Anonymous pulls are
+    not limited, unless ``config`` has a table ``[quota]``: tests pull more than a user at one address does.
     """
 
     def __init__(
@@ -188,7 +189,8 @@ class WaveProxy:
         self.port = free_port()
         tables = (f'[registries."{host}"]\ninsecure = true\nallow_private = true\n' for host in upstreams)
         self._config_file = data.with_name(f"{data.name}.toml")
-        self._config_file.write_text("\n".join((config, *tables)))
+        quota = "" if re.search(r"^\[quota\]", config, re.MULTILINE) else '[quota]\npull_anonymous = "off"'
+        self._config_file.write_text("\n".join((config, quota, *tables)))
         self._command = [sys.executable, "-m", "wave_proxy", "serve", "--config", str(self._config_file)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--data", str(data)]
         self._command += ["--workers", str(workers), *(("--redis", redis) if redis else ()), *args]

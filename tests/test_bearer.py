@@ -9,7 +9,7 @@ import pytest
 
 from bench.upstream import Upstream
 from tests.outgoing import LOGIN, answer, egress_to, opened, scripted
-from wave_proxy.errors import AddressRefused, Denied, TooManyRequests, UpstreamError, UpstreamUnavailable
+from wave_proxy.errors import AddressRefused, Denied, TooManyRequests, UpstreamError, UpstreamFailing
 from wave_proxy.upstream.bearer import BearerTokens, Challenge, choose_challenge
 from wave_proxy.upstream.egress import Egress
 
@@ -122,7 +122,7 @@ async def test_token_document(document: dict[str, object], expected: str) -> Non
         (answer(body=b'{"token":"' + b"x" * (300 << 10) + b'"}'), UpstreamError),
         (answer("403 Forbidden"), Denied),
         (answer("429 Slow", Retry_After="3"), TooManyRequests),
-        (answer("502 Bad"), UpstreamUnavailable),
+        (answer("502 Bad"), UpstreamFailing),
         (answer("302 Found", Location="http://127.0.0.1:1/"), AddressRefused),
     ],
 )
@@ -235,7 +235,7 @@ async def test_a_failure_is_everybodys_and_is_not_kept() -> None:
             await asyncio.sleep(0.01)
             go.set()
             results = await asyncio.gather(*callers, return_exceptions=True)
-            assert [type(result) for result in results] == [UpstreamUnavailable] * 5
+            assert [type(result) for result in results] == [UpstreamFailing] * 5
             assert await tokens.get(challenge, "lib/tool", LOGIN, endpoint) == "later"
     assert len(server.heads) == 2
 

@@ -6,24 +6,33 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from math import inf, isnan
 from pathlib import Path
+from socket import create_server, socket
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 
 import pytest
 
 from bench.__main__ import main
+from bench.clients import ask_each
+from bench.crowd import Crowd, Presence
+from bench.images import blob, image, layer, random_blob
 from bench.peers import PULL_THROUGH, WAVE, Missing, Peer, find_program
+from bench.plan import alternate
 from bench.report import Goal, Result, Verdict, number, table, to_json
-from bench.scenarios import SCENARIOS, alternate
+from bench.scenarios import SCENARIOS
+from bench.storm import Storm
+from bench.upstream import Upstream
 from tests.servers import ROOT
 
 LIMIT_S = 120.0
 OTHER = "nginx proxy_cache"
+BIG = blob(random_blob(32 << 20, 1))
 
 
 def result(ours: Sequence[float], theirs: Sequence[float] = (), goals: Sequence[Goal] = (), **more: object) -> Result:
@@ -158,6 +167,74 @@ def test_peers_take_turns() -> None:
     assert figures == {"rate": {"a": [1.0, 3.0], "b": [2.0, 4.0]}}
 
 
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest(upstream: Callable[..., Upstream]) -> tuple[Upstream, str]:
+    """A registry, and the path of a manifest there."""
+    started, made = upstream(), image([layer({"file": "content"})])
+    started.add("library/tool", made, "1")
+    started.add_blob("library/tool", BIG)
+    return started, "/v2/library/tool/manifests/1"
+
+
+def test_a_crowd_stays_and_reads_slowly(manifest: tuple[Upstream, str]) -> None:
+    server, path = manifest
+    with Crowd(server.address) as crowd:
+        crowd.join(path, 40, f"/v2/library/tool/blobs/{BIG.digest}", 100)
+        sleep(0.1)  # some have had their turn
+        presence = crowd.leave()
+        assert presence.open == 140
+        assert 0 < presence.received < BIG.size
+        assert crowd.leave() == Presence(0, 0)
+        with pytest.raises(RuntimeError, match="404"):
+            crowd.join(path + "0", 1, path, 0)
+
+
+def test_a_crowd_notices_connections_that_were_closed() -> None:
+    def answer(listener: socket) -> socket:
+        accepted = []
+        for _ in range(2):
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            accepted.append(connection)
+        accepted[0].close()
+        return accepted[1]
+
+    with create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        answering = thread.submit(answer, listener)
+        with Crowd(f"127.0.0.1:{listener.getsockname()[1]}") as crowd:
+            crowd.join("/", 2, "/", 0)
+            with answering.result():
+                assert crowd.leave() == Presence(1, 0)
+
+
+def test_a_storm_notes_who_was_let_in_and_who_was_not(manifest: tuple[Upstream, str]) -> None:
+    server, path = manifest
+    server.faults.status, server.faults.fail_times = {path: 429}, 7
+    with Storm([server.address], path, connections=4, duration_s=0.5) as storm:
+        began = storm.begin()
+        outcome = storm.outcome()
+    assert outcome.others == {429: 7}
+    assert (outcome.lost, outcome.errors) == (0, 0)
+    assert len(outcome.admitted) == len(server.log) - 7 > 0
+    assert all(
+        sent <= answered for sent, answered in zip(outcome.admitted.sent, outcome.admitted.answered, strict=True)
+    )
+    assert outcome.admitted.between(began, began + 60.0) > 0
+
+
+def test_each_manifest_is_asked_for_once(manifest: tuple[Upstream, str]) -> None:
+    server, path = manifest
+    paths = [f"{path}?{number}" for number in range(20)]
+    assert ask_each(server.address, paths, 3) > 0
+    assert sorted(asked.path for asked in server.log) == sorted(paths)
+    with pytest.raises(ExceptionGroup):
+        ask_each(server.address, [path + "0"], 1)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +309,17 @@ def test_a_run_with_wrk() -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"keep-alive \(errors\) +\| wave-proxy +\| 0 .* held +\|", done.stdout), done.stdout
     assert re.search(r"keep-alive \(upstream requests\) +\| wave-proxy +\| 0 .* held +\|", done.stdout), done.stdout
+
+
+@pytest.mark.skipif(not has("nginx"), reason="needs nginx (Debian package nginx-light)")
+def test_a_run_with_redis_away_and_one_of_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = run_bench("--quick", "--repeats", "1", "--only", "redis-away", "--only", "tokens", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    exact = [result for result in results if result["unit"] in ("errors", "of the pulls")]
+    assert [[goal["verdict"] for goal in result["goals"]] for result in exact] == [["held"], ["held", "held"]]
+    assert all(value > 0 for result in results if result not in exact for (value,) in result["figures"].values())
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib (extra `bench`)")

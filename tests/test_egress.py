@@ -13,7 +13,14 @@ import pytest
 from bench.images import Blob, blob, random_blob
 from bench.upstream import Faults, Upstream
 from tests.outgoing import answer, connections_in_use, egress_to, opened, scripted
-from wave_proxy.errors import AddressRefused, TooManyRequests, UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from wave_proxy.errors import (
+    AddressRefused,
+    TooManyRequests,
+    UpstreamError,
+    UpstreamFailing,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from wave_proxy.upstream.egress import Egress, endpoint_for, is_public, parse_url, retry_after_s, unix_session
 
 CONTENT = blob(random_blob(300_000, seed=1))
@@ -462,7 +469,7 @@ def test_retry_after(value: str, expected: int | None) -> None:
             TooManyRequests,
             "slow down",
         ),
-        ("503 Busy", b"<html>", UpstreamUnavailable, "HTTP 503"),
+        ("503 Busy", b"<html>", UpstreamFailing, "HTTP 503"),
         ("418 Teapot", b'{"errors":[{"code":"TEAPOT"}]}', UpstreamError, "TEAPOT"),
         ("400 Bad", b'{"details":"no scope"}', UpstreamError, "no scope"),
     ],

@@ -23,8 +23,10 @@ from tests.cached import (
     until,
     worker,
 )
-from wave_proxy.cache import fill as fill_module
-from wave_proxy.cache.fill import Fill, spool_name
+from wave_proxy.cache import lead as lead_module
+from wave_proxy.cache.fill import Fill
+from wave_proxy.cache.lead import FillStats
+from wave_proxy.cache.spool import spool_name
 from wave_proxy.errors import (
     BlobUnknown,
     ContentMismatch,
@@ -54,7 +56,7 @@ def _no_file_stays_open(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fill_module, "_BACKOFF_S", 0.005)
+    monkeypatch.setattr(lead_module, "_BACKOFF_S", 0.005)
 
 
 def serving(upstream: Start, content: Blob = BLOB, **faults: Any) -> Upstream:
@@ -327,6 +329,46 @@ async def test_missing_blob_is_missing_for_all_and_not_for_ever(upstream: Start,
         assert [type(end) for end in ends] == [BlobUnknown] * 5
         server.add_blob(REPOSITORY, BLOB)
         assert await one.fetch(server, BLOB.digest) == BLOB.content
+
+
+# --- what is counted ---------------------------------------------------------------------------------------------
+
+
+async def test_fills_are_counted(upstream: Start, tmp_path: Path) -> None:
+    server = serving(upstream, truncate_at=500_000, truncate_times=1, delay_s=0.001)
+    async with worker(tmp_path, server) as one:
+        await asyncio.gather(*(one.fetch(server, BLOB.digest) for _ in range(5)))
+        await ended(one)
+        assert one.fills.stats == FillStats(begun=1, followers=4, bytes=SIZE, resumed=1)
+        assert await one.fetch(server, BLOB.digest) == BLOB.content
+        await ended(one)
+        assert one.fills.stats.begun == 1
+
+
+async def test_failed_fills_are_counted(upstream: Start, tmp_path: Path) -> None:
+    server = serving(upstream, corrupt_last_byte=True)
+    missing = blob(b"nowhere")
+    async with worker(tmp_path, server) as one:
+        with pytest.raises(DigestMismatch):
+            await one.fetch(server, BLOB.digest)
+        with pytest.raises(BlobUnknown):
+            await one.fetch(server, missing.digest)
+        await ended(one)
+        assert one.fills.stats == FillStats(begun=2, bytes=SIZE, failed=2, mismatched=1)
+
+
+async def test_who_follows_another_process_begins_nothing(upstream: Start, tmp_path: Path) -> None:
+    server = serving(upstream, stall_at=HALF)
+    async with worker(tmp_path, server) as one, worker(tmp_path, server) as two:
+        leading = asyncio.create_task(one.fetch(server, BLOB.digest))
+        await asyncio.sleep(0)
+        await has_begun(one.join(server, BLOB.digest))
+        following = asyncio.create_task(two.fetch(server, BLOB.digest))
+        await asyncio.sleep(0)
+        await has_begun(two.join(server, BLOB.digest))
+        server.faults.release.set()
+        assert await following == await leading == BLOB.content
+        assert (two.fills.stats.begun, two.fills.stats.bytes) == (0, 0)
 
 
 # --- what was left behind ----------------------------------------------------------------------------------------

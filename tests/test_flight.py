@@ -98,3 +98,20 @@ async def test_close_ends_calls() -> None:
     assert call.cancelled
     with pytest.raises(asyncio.CancelledError):
         await caller
+
+
+async def test_call_that_is_ended_before_its_first_step_leaves_nothing() -> None:
+    flights, call = Flights[str, int](), Call()
+    flights.start("a", call)
+    await flights.close()
+    assert ("a" in flights, call.runs) == (False, 0)
+    call.go_on.set()
+    assert await flights.run("a", call) == 1
+
+
+async def test_caller_joins_what_was_begun_for_nobody() -> None:
+    flights, call = Flights[str, int](), Call()
+    flights.start("a", call)
+    call.go_on.set()
+    assert await flights.join("a") == 1
+    assert "a" not in flights

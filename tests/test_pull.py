@@ -112,7 +112,7 @@ async def test_known_tag_is_served_while_upstream_fails(
     upstream: Start, tmp_path: Path, redis_url: str, fault: str
 ) -> None:
     server = serving(upstream)
-    async with port(tmp_path, redis_url, server, ttl_s=0.001, response_timeout_s=0.1) as place:
+    async with port(tmp_path, redis_url, server, ttl_s=1e-6, response_timeout_s=0.1) as place:
         fresh = await place.get(manifest_path(server))
         if fault == "down":
             server.stop()
@@ -129,7 +129,7 @@ async def test_known_tag_is_served_while_upstream_fails(
 async def test_tag_that_moved(upstream: Start, tmp_path: Path, redis_url: str) -> None:
     server = serving(upstream)
     moved = image([layer({"bin/tool": "new"})])
-    async with port(tmp_path, redis_url, server, ttl_s=0.001) as place:
+    async with port(tmp_path, redis_url, server, ttl_s=1e-6) as place:
         assert (await place.get(manifest_path(server))).body == TOOL.manifest
         server.add(REPOSITORY, moved, "1.0")
         answer = await place.get(manifest_path(server))

@@ -27,7 +27,8 @@ from wave_proxy.errors import (
 )
 from wave_proxy.image.oci import DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED, OCI_INDEX, OCI_MANIFEST, digest_of
 from wave_proxy.upstream.credentials import Credentials, Login
-from wave_proxy.upstream.registry import BlobStream, ManifestHead, Registry
+from wave_proxy.upstream.registry import ManifestHead, Registry
+from wave_proxy.upstream.transfer import BlobStream
 
 Start = Callable[..., Upstream]
 

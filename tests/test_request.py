@@ -253,3 +253,24 @@ def test_newer_members_are_ignored() -> None:
     document["later"] = 1
     document["identity"]["later"] = 2
     assert request_from_json(document) == request
+
+
+@pytest.mark.parametrize(
+    ("location", "version"),
+    [
+        ("https://fusionfs.seqera.io/releases/pkg/2/4/fusion-amd64.tar.gz", "2.4"),
+        ("https://fusionfs.seqera.io/releases/v2.1.3a-arm64.json", "2.1.3a"),
+        ("https://elsewhere.example/releases/pkg/2/4/fusion-amd64.tar.gz", ""),
+        ("data:", ""),
+    ],
+)
+def test_fusion_is_found_among_the_layers(location: str, version: str) -> None:
+    other = Layer("https://elsewhere.example/a.tar.gz", LAYER.gzip_digest, 1, LAYER.tar_digest)
+    config = ContainerConfig(layers=(other, replace(other, location=location)))
+    assert config.fusion_version == version
+    assert config.has_fusion is bool(version)
+
+
+def test_what_is_empty_is_not_kept() -> None:
+    request = ContainerRequest("docker.io/library/busybox:latest", created=1.0, expires=2.0)
+    assert request_to_json(request) == {"image": request.image, "created": 1.0, "expires": 2.0}

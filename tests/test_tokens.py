@@ -18,12 +18,16 @@ from tests.servers import redis_server
 from wave_proxy.errors import DigestMismatch, NameUnknown, RequestInvalid, SizeMismatch, StateUnavailable
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.serve import resolve
+from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.route import parse_route
+from wave_proxy.serve.stats import RequestStats
 from wave_proxy.state import redis as redis_module
 from wave_proxy.state import tokens as tokens_module
+from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, connect
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 
 TOOL = layer({"bin/tool": "x" * 1000})
 OTHER = layer({"bin/other": "y"})
@@ -307,10 +311,14 @@ async def test_end_of_redis_ends_listening(tmp_path: Path) -> None:
 # --- what workers remember ---------------------------------------------------------------------------------------
 
 
+def no_replies(tokens: TokenStore) -> ReadyReplies:
+    return ReadyReplies(Quotas(tokens._redis, {}, wait_s=0), Usage(tokens._redis), RequestStats())
+
+
 @asynccontextmanager
 async def following(url: str) -> AsyncIterator[Resolver]:
     async with store(url) as tokens:
-        resolver = Resolver(tokens)
+        resolver = Resolver(tokens, no_replies(tokens))
         task = asyncio.create_task(resolver.follow_deletions())
         try:
             yield resolver
@@ -344,6 +352,28 @@ async def until_subscribed(redis: Redis, count: int) -> None:
             b"wave:token-deleted": count
         }:
             await asyncio.sleep(0.002)
+
+
+async def test_memory_is_bounded_and_keeps_what_is_used(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with store(redis_url) as one:
+        used, *others = [await one.put(asked()) for _ in range(20)]
+        record = await one.find_record(used)
+        assert record is not None
+        monkeypatch.setattr(resolve, "_MEMORY_BYTES", 5 * (record.size + resolve._KNOWN_BYTES) + 99)
+        resolver = Resolver(one, no_replies(one))
+        for token in others:
+            for asked_for in (used, token):
+                await resolver.resolve(parse_route("GET", f"/v2/wt/{asked_for}/library/ubuntu/manifests/latest"))
+        assert list(resolver._memory) == [*others[-4:-1], used, others[-1]]
+        assert resolver._bytes == sum(known.size for known in resolver._memory.values())
+
+
+async def test_a_plain_record_is_small(redis_url: str) -> None:
+    async with store(redis_url) as one:
+        token = await one.put(asked(ip_address="10.0.0.1"))
+        record = await one.find_record(token)
+    assert record is not None
+    assert record.size < 150  # image, address, two instants: no member without a value
 
 
 async def test_workers_look_tokens_up_again_after_a_break(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ from shutil import rmtree
 from typing import Annotated, Any
 
 import typer
+from pydantic import SecretStr
 
 from wave_proxy import __version__, logs
-from wave_proxy.config import ConfigInvalid, Settings, load, to_toml
+from wave_proxy.config import ConfigInvalid, Settings, hand_down, load, to_toml
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.serve.tls import TlsInvalid, server_context
 from wave_proxy.supervisor import (
@@ -23,6 +24,8 @@ from wave_proxy.supervisor import (
     redis_command,
     runtime_folder,
 )
+
+_log = logs.get_logger()
 
 cli = typer.Typer(
     name="wave-proxy",
@@ -44,6 +47,10 @@ Data = Annotated[
     Path | None, typer.Option(help="Data folder. (default: ./wave-data)", show_default=False, metavar="DIR")
 ]
 Workers = Annotated[int | None, typer.Option(help="Proxy processes. (default: one per core)", show_default=False)]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(help="Port for Prometheus (/metrics); 0 picks a free one. (default: none)", show_default=False),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option("--redis", help="Redis to use. (default: an embedded one)", show_default=False, metavar="URL"),
@@ -52,7 +59,7 @@ TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM): spe
 TlsKey = Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.", metavar="FILE")]
 
 _NEEDS_REDIS = "the {} alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL"
-_STAGES = {"proxy": 0, "api": 1, "builder": 1, "redis": 2}
+_STAGES = {"proxy": 0, "api": 1, "builder": 1, "metrics": 1, "redis": 2}
 
 
 @cli.command()
@@ -65,10 +72,18 @@ def serve(
     redis: RedisUrl = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Run everything on this machine: proxy, API, builder, and a Redis unless one is given."""
     overrides = _overrides(
-        host=host, port=port, data=data, workers=workers, redis_url=redis, tls_cert=tls_cert, tls_key=tls_key
+        host=host,
+        port=port,
+        data=data,
+        workers=workers,
+        redis_url=redis,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(_supervise(config, overrides, ("proxy", "api", "builder")))
 
@@ -83,10 +98,18 @@ def proxy(
     redis: RedisUrl = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Run the proxy alone, next to an api with the same data folder or behind a load balancer. Needs a Redis."""
     overrides = _overrides(
-        host=host, port=port, data=data, workers=workers, redis_url=redis, tls_cert=tls_cert, tls_key=tls_key
+        host=host,
+        port=port,
+        data=data,
+        workers=workers,
+        redis_url=redis,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(_supervise(config, overrides, ("proxy",)))
 
@@ -169,17 +192,29 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
             server_context(settings.tls_cert, settings.tls_key)
         if url := settings.redis_url.get_secret_value():
             asyncio.run(_check_redis(url))
-        overrides["port"] = claim_port(settings.host, settings.port)
-        settings = settings.model_copy(update={"port": overrides["port"]})
-        chosen = _parts(settings, config, overrides, parts)
+        ports = _claim_ports(settings)
+        settings = settings.model_copy(update=ports)
+        chosen = _parts(settings, parts)
     except (StartFailed, StateUnavailable, TlsInvalid) as err:
         return fail(str(err))
     try:
         return Supervisor(chosen, lambda: _announce(settings), settings.shutdown_grace).run()
     finally:
+        rmtree(_metrics_folder(settings), ignore_errors=True)
         if lock is not None:
             rmtree(runtime_folder(settings.data), ignore_errors=True)
             lock.close()
+
+
+def _claim_ports(settings: Settings) -> dict[str, int]:
+    """The numbers of the ports that are wanted, in place of 0 free ones. Raises StartFailed."""
+    ports = {"port": claim_port(settings.host, settings.port)}
+    if settings.metrics_port is not None:
+        if settings.metrics_port == ports["port"]:
+            raise StartFailed(f"metrics need a port of their own, and {ports['port']} is taken: give --metrics-port")
+        host = settings.metrics_host or settings.host
+        ports["metrics_port"] = claim_port(host, settings.metrics_port, "--metrics-port")
+    return ports
 
 
 async def _check_redis(url: str) -> None:
@@ -194,18 +229,29 @@ async def _check_redis(url: str) -> None:
 
 def _announce(settings: Settings) -> None:
     print(f"ready {settings.public_url}", file=sys.stderr, flush=True)
+    if settings.metrics_port is not None:
+        host = settings.metrics_host or settings.host or "localhost"
+        shown = f"[{host}]" if ":" in host else host
+        _log.info("metrics for Prometheus", url=f"http://{shown}:{settings.metrics_port}/metrics")
 
 
-def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], names: tuple[str, ...]) -> list[Part]:
+def _parts(settings: Settings, names: tuple[str, ...]) -> list[Part]:
     sockets = runtime_folder(settings.data)
     parts: list[Part] = []
     if not settings.redis_url.get_secret_value():
         redis_socket = sockets / "redis.sock"
         command = redis_command(settings.data, redis_socket)
         parts.append(Part("redis", command, _STAGES["redis"], dict(os.environ), says_ready=False))
-        overrides["redis_url"] = f"unix://{redis_socket}"
-    environment = _environment(config, overrides)
-    environment["WAVE_API_SOCKET"] = str(sockets / "api.sock")
+        settings = settings.model_copy(update={"redis_url": SecretStr(f"unix://{redis_socket}")})
+    handed_down = hand_down(settings)
+    environment = {
+        **os.environ,
+        "WAVE_API_SOCKET": str(sockets / "api.sock"),
+        "WAVE_SETTINGS_FD": str(handed_down),
+    }
+    if settings.metrics_port is not None:
+        environment["WAVE_METRICS_FOLDER"] = str(_metrics_folder(settings))
+        parts.append(_metrics_part(settings))
     python = [sys.executable, "-m"]
     commands = {
         "proxy": [*python, "wave_proxy.serve"],
@@ -215,8 +261,23 @@ def _parts(settings: Settings, config: Path | None, overrides: dict[str, Any], n
     for name in names:
         for number in range(settings.workers or os.cpu_count() or 1) if name == "proxy" else (0,):
             label = f"proxy-{number}" if name == "proxy" else name
-            parts.append(Part(label, commands[name], _STAGES[name], environment, urgent=name != "builder"))
+            urgent = name != "builder"
+            parts.append(Part(label, commands[name], _STAGES[name], environment, urgent=urgent, keeps=handed_down))
     return parts
+
+
+def _metrics_folder(settings: Settings) -> Path:
+    # Several programs may run over one data folder, and their parts have the same names.
+    return runtime_folder(settings.data) / f"metrics-{os.getpid()}"
+
+
+def _metrics_part(settings: Settings) -> Part:
+    folder = _metrics_folder(settings)
+    rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    command = [sys.executable, "-m", "wave_proxy.exporter", "--host", settings.metrics_host or settings.host]
+    command += ["--port", str(settings.metrics_port), "--folder", str(folder)]
+    return Part("metrics", command, _STAGES["metrics"], dict(os.environ), says_ready=False, urgent=False)
 
 
 if __name__ == "__main__":

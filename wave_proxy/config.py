@@ -1,11 +1,14 @@
-"""The settings: one frozen object, read once from a TOML file and the environment, which wins.
+"""The settings: one frozen object, read once from a TOML file and the environment, which wins, and handed down.
 
 Only ``__main__`` modules read it; everything else is handed the values that it needs. ``docs/configuration.md`` is
 generated from here, so each field's description is what users read.
 """
 
+import os
+import pickle
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -22,27 +25,20 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import to_json
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
 
 from wave_proxy.errors import clip
+from wave_proxy.image.limit import UNITS_S, parse_limit
 from wave_proxy.image.reference import is_registry
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS_B |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
-_QUOTA = re.compile(r"\d+\s*/\s*\d+(?:\.\d+)?\s*(?:ms|s|m|h|d)")
 
 
 def _duration(value: object) -> object:
     if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
-        return float(match[1]) * _UNITS_S[match[2]]
+        return float(match[1]) * UNITS_S[match[2]]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     raise ValueError('expected a duration such as "500ms", "10s", "15m", "36h" or "2d"')
@@ -57,9 +53,19 @@ def _size(value: object) -> object:
 
 
 def _quota(value: object) -> object:
-    if value == "off" or (isinstance(value, str) and _QUOTA.fullmatch(value.strip())):
+    if not isinstance(value, str):
+        raise ValueError('expected a text: "<max>/<duration>", such as "100/1h", or "off"')
+    parse_limit(value)
+    return value
+
+
+def _trusted_proxy(value: str) -> str:
+    if value == "unix":
         return value
-    raise ValueError('expected "<max>/<duration>", such as "100/1h", or "off"')
+    try:
+        return str(ip_network(value, strict=True))
+    except ValueError as err:
+        raise ValueError(f'expected an address, a network such as "10.0.0.0/8", or "unix": {err}') from None
 
 
 def _path(value: object) -> object:
@@ -76,8 +82,11 @@ def _readable(path: Path | None) -> Path | None:
 
 
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+DurationOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]  # "0s": not at all
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+OptionalSize = Annotated[int | None, BeforeValidator(_size), Field(gt=0)]
 Quota = Annotated[str, BeforeValidator(_quota)]
+TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
 OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_readable)]  # empty text: none
 
 
@@ -102,6 +111,14 @@ class RegistrySettings(_Section):
     )
     ca_file: OptionalFile = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
     proxy: str = Field("", description="Forward proxy (`http://host:port`) through which this registry is reached.")
+    max_connections: int | None = Field(
+        None, ge=1, description="As in `[upstream]`, for this registry. Unset: what is set there."
+    )
+    max_bytes_per_second: OptionalSize = Field(
+        None,
+        description='Limit on the blobs that are fetched from it, such as `"10MB"`, for all fills together. '
+        "Each of the `workers` has an equal part. Unset: none.",
+    )
 
     def read_password(self) -> str:
         """The password, from its file if there is one. Raises OSError."""
@@ -133,6 +150,11 @@ class HttpSettings(_Section):
     write_timeout: Duration = Field(120.0, description="A client that takes no byte for this long is cut off.")
     max_header_bytes: Size = Field(65536, description="Limit on a request's head.")
     max_body_bytes: Size = Field(64_000_000, description="Limit on an API request's body.")
+    trusted_proxies: tuple[TrustedProxy, ...] = Field(
+        (),
+        description='Addresses and networks (`["10.0.0.0/8", "::1"]`) of the load balancers in front, `"unix"` for one '
+        "on a Unix socket: of a request from these, `X-Forwarded-For` tells the client's address, and of others never.",
+    )
 
 
 class CacheSettings(_Section):
@@ -151,6 +173,24 @@ class UpstreamSettings(_Section):
     response_timeout: Duration = Field(30.0, description="Limit on the wait for an answer's head.")
     idle_timeout: Duration = Field(30.0, description="A transfer that brings no byte for this long is cut and resumed.")
     attempts: int = Field(4, ge=1, le=10, description="How often a failed request is made in all.")
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="Requests to one registry at the same time; more wait for their turn. Each of the `workers` has an "
+        "equal part, rounded down, and at least one. Unset: no limit.",
+    )
+    parallel: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Connections over which one blob is fetched, in parts of 4 MiB that take as much memory each: for "
+        "when distance or the registry limits what one connection brings. A registry that gives no parts is asked for "
+        "the whole.",
+    )
+    offline: bool = Field(
+        False,
+        description="Connect to no registry: what is stored is served, tags as they were last known, and nothing else.",
+    )
 
 
 class TokenSettings(_Section):
@@ -173,13 +213,27 @@ class LogSettings(_Section):
 
 
 class QuotaSettings(_Section):
-    """Limits per user, or per address without one: `"<max>/<duration>"` or `"off"`. *Checked, not enforced yet.*"""
+    """Limits per user, or per address without one: so many in any span of that length, over all processes and machines.
+
+    `"<max>/<duration>"` or `"off"`. A pull is one GET of an image's manifest: what a HEAD, an index, a config or a
+    blob asks for is not counted. IPv6 addresses count by /64.
+    """
 
     pull_anonymous: Quota = Field("100/1h", description="Pulls without a user.")
     pull_identified: Quota = Field("2000/1m", description="Pulls of a known user.")
-    build_anonymous: Quota = Field("25/1d", description="Builds without a user.")
-    build_identified: Quota = Field("250/1h", description="Builds of a known user.")
-    wait: Duration = Field(10.0, description="A pull is held this long when a permit frees in that time.")
+    build_anonymous: Quota = Field("25/1d", description="Builds without a user; takes effect when builds do.")
+    build_identified: Quota = Field("250/1h", description="Builds of a known user; takes effect when builds do.")
+    wait: DurationOrNone = Field(
+        10.0, description='A pull over its limit is held when it can be let in within this time; `"0s"`: never.'
+    )
+    max_waiting: int = Field(
+        10_000, ge=1, le=1_000_000, description="Pulls that one process holds at the same time; more are refused."
+    )
+    when_redis_is_down: Literal["open", "closed"] = Field(
+        "open",
+        description="`open`: pulls go on, and are counted when Redis is back; `closed`: they are refused (503) "
+        "when the permits at hand are used up.",
+    )
 
 
 class BuildSettings(_Section):
@@ -194,19 +248,20 @@ class BuildSettings(_Section):
     pull_wait: Duration = Field(270.0, description="How long a pull of an image that is still building is held.")
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """All settings."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="WAVE_",
-        env_nested_delimiter="__",
-        frozen=True,
-        extra="forbid",
-        nested_model_default_partial_update=True,
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6.")
     port: int = Field(9090, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    metrics_host: str = Field("", description="Address of the port for metrics; empty: the same as `host`.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port for Prometheus, which asks it for [metrics](metrics.md); 0 picks a free one. Unset: none.",
+    )
     data: Path = Field(Path("wave-data"), description="The data folder: blobs, and the embedded Redis.")
     workers: int = Field(0, ge=0, le=256, description="Proxy processes; 0: one per core.")
     server_url: str = Field("", description="What image names begin with; empty: `http://localhost:<port>`.")
@@ -280,7 +335,33 @@ def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         why = "is no file" if config_file.exists() else "does not exist"
         raise ConfigInvalid(f"configuration file {config_file} {why}")
 
-    class Sources(Settings):
+    try:
+        found = _sources(config_file)(**overrides)
+        return Settings.model_construct(**dict(found))
+    except ValidationError as err:
+        raise ConfigInvalid("; ".join(_explain(error) for error in err.errors())) from None
+    except (ValueError, OSError) as err:  # TOML syntax, unreadable file, JSON in an environment variable
+        raise ConfigInvalid(f"{config_file or 'environment'}: {err}") from None
+
+
+def _sources(config_file: Path | None) -> type[Settings]:
+    # Here and not above: it takes 9 MB and 80 ms, and who gets the settings handed down does without.
+    from pydantic_settings import (
+        BaseSettings,
+        PydanticBaseSettingsSource,
+        SettingsConfigDict,
+        TomlConfigSettingsSource,
+    )
+
+    class Sources(Settings, BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix="WAVE_",
+            env_nested_delimiter="__",
+            frozen=True,
+            extra="forbid",
+            nested_model_default_partial_update=True,
+        )
+
         @classmethod
         def settings_customise_sources(
             cls,
@@ -292,12 +373,29 @@ def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file)
 
-    try:
-        return Sources(**overrides)
-    except ValidationError as err:
-        raise ConfigInvalid("; ".join(_explain(error) for error in err.errors())) from None
-    except (ValueError, OSError) as err:  # TOML syntax, unreadable file, JSON in an environment variable
-        raise ConfigInvalid(f"{config_file or 'environment'}: {err}") from None
+    return Sources
+
+
+def hand_down(settings: Settings) -> int:
+    """A file descriptor of memory with the settings, secrets and all, for child processes: see ``receive``."""
+    fd = os.memfd_create("wave-proxy settings")
+    os.write(fd, pickle.dumps(settings))
+    return fd
+
+
+def receive() -> Settings:
+    """What the supervisor handed down, if it did (``WAVE_SETTINGS_FD``); else ``load`` by ``WAVE_CONFIG_FILE``.
+
+    Raises ConfigInvalid.
+    """
+    if handed_down := os.environ.pop("WAVE_SETTINGS_FD", ""):
+        fd = int(handed_down)
+        content = os.pread(fd, os.fstat(fd).st_size, 0)  # others read it at the same time, and share its position
+        os.close(fd)
+        settings: Settings = pickle.loads(content)  # noqa: S301 - our own, never on a disk
+        return settings
+    config_file = os.environ.get("WAVE_CONFIG_FILE")
+    return load(Path(config_file) if config_file else None, {})
 
 
 _SECRET_KEYS = ("password", "redis_url", "accounts")

@@ -22,6 +22,8 @@
     │   │   ├── DigestMismatch
     │   │   └── SizeMismatch
     │   ├── UpstreamUnavailable  503  no connection, or 5xx, after retries
+    │   │   ├── UpstreamFailing  503  it answered, with 5xx
+    │   │   └── Offline          503  this proxy is not to connect to anything
     │   └── UpstreamTimeout      504
     ├── StorageFull              507  the data folder has no room, and the answer needs some
     ├── StateUnavailable         503  Redis does not answer
@@ -186,7 +188,21 @@ class UpstreamUnavailable(UpstreamError):
     """The registry can't be reached, or keeps failing."""
 
     status = 503
-    retry_after_s = 5
+
+    def __init__(self, message: str, retry_after_s: int | None = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UpstreamFailing(UpstreamUnavailable):
+    """The registry answered, with 5xx."""
+
+
+class Offline(UpstreamUnavailable):
+    """This proxy is told to connect to nothing; to come back later does not help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, None)
 
 
 class UpstreamTimeout(UpstreamError):

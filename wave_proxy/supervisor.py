@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +42,8 @@ class StartFailed(Exception):
 class Part:
     """A child process. ``stage`` orders the end: lower ones end first, the next when all of them have.
 
-    A part that is not ``urgent`` starts once the others answer, so that it does not hold them up.
+    A part that is not ``urgent`` starts once the others answer, so that it does not hold them up. ``keeps`` is a file
+    descriptor of ours that it has as well.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Part:
     environment: Mapping[str, str]
     says_ready: bool = True
     urgent: bool = True
+    keeps: int | None = None
 
 
 class _Child:
@@ -70,9 +73,9 @@ class _Child:
             self.part.command,
             stdin=subprocess.DEVNULL,
             env={**self.part.environment, "WAVE_READY_FD": str(ready_fd), "WAVE_PART": self.part.name},
-            pass_fds=(ready_fd,),
+            pass_fds=(ready_fd, *(() if self.part.keeps is None else (self.part.keeps,))),
             start_new_session=True,  # Ctrl-C is for the supervisor, which ends the parts in order
-            preexec_fn=_die_with_parent,  # this process has no threads
+            preexec_fn=partial(_die_with_parent, os.getpid()),  # this process has no threads
         )
 
     def plan_restart(self) -> None:
@@ -167,8 +170,10 @@ class Supervisor:
                 process.wait()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before it could be told of
+        os._exit(1)
 
 
 def claim_folder(data: Path) -> IO[str]:
@@ -186,7 +191,7 @@ def claim_folder(data: Path) -> IO[str]:
     return lock
 
 
-def claim_port(host: str, port: int) -> int:
+def claim_port(host: str, port: int, remedy: str = "--host and --port") -> int:
     """Find out whether the port is free; returns its number, a free one for 0. Raises StartFailed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -196,7 +201,7 @@ def claim_port(host: str, port: int) -> int:
             probe.listen(1)
         except (OSError, OverflowError) as err:
             where = f"{host or '*'}:{port}"
-            raise StartFailed(f"can't listen on {where}: {err}; choose another with --host and --port") from None
+            raise StartFailed(f"can't listen on {where}: {err}; choose another with {remedy}") from None
         return int(probe.getsockname()[1])
 
 
@@ -231,6 +236,7 @@ def redis_command(data: Path, socket_path: Path) -> list[str]:
         "daemonize": "no",
         "logfile": str(folder / "redis.log"),
         "maxmemory-policy": "noeviction",
+        "hash-max-ziplist-value": "2048",  # tokens' records in one piece: a third less memory
     }
     return [str(server), *(word for key, value in options.items() for word in (f"--{key}", value))]
 

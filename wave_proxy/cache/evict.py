@@ -34,6 +34,19 @@ class _File:
     used: float
 
 
+@dataclass(slots=True)
+class EvictStats:
+    """What was evicted here, and the size of all that is kept (blobs, manifests, spools) when this process last looked.
+
+    ``measured_at`` is that instant on the monotonic clock; 0 before the first look.
+    """
+
+    evicted_bytes: int = 0
+    evicted_files: int = 0
+    store_bytes: int = 0
+    measured_at: float = 0.0
+
+
 class Evictor:
     """Keeps ``<root>/blobs``, ``<root>/manifests`` and ``<root>/spool`` together within ``max_bytes``."""
 
@@ -42,6 +55,7 @@ class Evictor:
         self.max_bytes = max_bytes
         self._nudged = asyncio.Event()
         self._next_notes = 0.0
+        self.stats = EvictStats()
 
     def nudge(self) -> None:
         """Look at the sizes soon: a blob was added."""
@@ -77,9 +91,10 @@ class Evictor:
             excess = over_cap + int(self.max_bytes * (1 - _LOW_WATER)) if over_cap > 0 else 0
             if wanted:  # the disk itself is full: the cap is no measure then
                 excess = max(excess, wanted)
-            if not excess:
-                return 0
-            freed = self._free(files, excess)
+            freed = self._free(files, excess) if excess else 0
+            self.stats.store_bytes, self.stats.measured_at = total - freed, monotonic()
+        if not excess:
+            return 0
         _log.info("evicted", bytes=freed, total=total - freed, cap=self.max_bytes)
         return freed
 
@@ -90,6 +105,8 @@ class Evictor:
                 break
             if _unlink_unread(file.path):
                 freed += file.size
+                self.stats.evicted_files += 1
+        self.stats.evicted_bytes += freed
         return freed
 
     def _drop_old_notes(self) -> None:

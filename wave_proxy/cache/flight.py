@@ -20,21 +20,28 @@ class Flights(Generic[K, V]):
 
     async def run(self, key: K, call: Callable[[], Awaitable[V]]) -> V:
         """The result of the call under way for ``key``, or of ``call``, begun now."""
-        task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.get_running_loop().create_task(self._finish(key, call))
-            task.add_done_callback(_take_exception)
-        return await asyncio.shield(task)
+        if key not in self._tasks:
+            self.start(key, call)
+        return await self.join(key)
+
+    def start(self, key: K, call: Callable[[], Awaitable[V]]) -> None:
+        """Begin a call where none is under way."""
+        task = self._tasks[key] = asyncio.get_running_loop().create_task(_result(call))
+        task.add_done_callback(lambda done: self._end(key, done))
+
+    async def join(self, key: K) -> V:
+        """The result of the call that is under way."""
+        return await asyncio.shield(self._tasks[key])
 
     def __contains__(self, key: K) -> bool:
         """Whether a call is under way for ``key``."""
         return key in self._tasks
 
-    async def _finish(self, key: K, call: Callable[[], Awaitable[V]]) -> V:
-        try:
-            return await call()
-        finally:
-            del self._tasks[key]
+    def _end(self, key: K, task: "asyncio.Task[V]") -> None:
+        # Not the call's own doing: one that is cancelled before its first step would stay, and be everybody's end.
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # without a waiter left, nobody would take it, and asyncio would complain of that
 
     async def close(self) -> None:
         """Cancel what is under way and wait for its end."""
@@ -44,7 +51,5 @@ class Flights(Generic[K, V]):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _take_exception(task: "asyncio.Task[V]") -> None:
-    # Without a waiter left, nobody would take the exception, and asyncio would complain of that.
-    if not task.cancelled():
-        task.exception()
+async def _result(call: Callable[[], Awaitable[V]]) -> V:
+    return await call()

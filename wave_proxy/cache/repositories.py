@@ -8,14 +8,18 @@ from typing import Literal
 
 from wave_proxy._fast.digest import Verifier
 from wave_proxy.cache.blobs import BlobStore, StoredBlob
-from wave_proxy.cache.fill import FillReader, Fills, Opener, ReadAlong
+from wave_proxy.cache.fill import FillReader, ReadAlong
+from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.flight import Flights
 from wave_proxy.cache.grants import Grants
+from wave_proxy.cache.lead import Opener
 from wave_proxy.cache.manifests import ManifestStore, StoredManifest
+from wave_proxy.cache.pages import ListedTags, TagsPages
 from wave_proxy.cache.tags import TagAnswer, Tags
 from wave_proxy.errors import StorageFull, UpstreamError
 from wave_proxy.image.oci import matches, read_manifest
-from wave_proxy.upstream.registry import BlobStream, Registry
+from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.transfer import BlobStream
 
 CacheState = Literal["HIT", "MISS", "FILL", "STALE"]
 
@@ -48,27 +52,35 @@ class Repositories:
         self._blobs = blobs
         self._fills = fills
         self._grants = grants
+        self._pages = TagsPages()
         self._fetching: Flights[tuple[str, str], StoredManifest] = Flights()
         self._asking: Flights[tuple[str, str], int | None] = Flights()
 
     async def find_tag(self, registry: str, repository: str, tag: str) -> TagAnswer:
-        """What ``tag`` stands for. Raises ManifestUnknown, Denied, UpstreamError, TooManyRequests."""
+        """What ``tag`` stands for; its manifest is here then, as far as it is new.
 
-        async def ask() -> str:
+        Raises ManifestUnknown, Denied, UpstreamError, TooManyRequests.
+        """
+
+        async def ask() -> tuple[str, bool]:
             head = await self.registry.head_manifest(registry, repository, tag)
-            if head.digest:
-                return head.digest
-            fetched = await self.registry.fetch_manifest(registry, repository, tag)
-            manifest = StoredManifest(fetched.content, fetched.media_type, fetched.digest)
-            self._keep(f"{registry}/{repository}", manifest)
-            return manifest.digest
+            # A tag moves on only to what is here: a limit may let the HEAD pass, and not the GET.
+            is_new = self._find_manifest(registry, repository, head.digest) is None
+            if is_new:
+                await self.fetch_manifest(registry, repository, head.digest)
+            return head.digest, is_new
 
         return await self._tags.find(f"{registry}/{repository}:{tag}", ask)
+
+    async def list_tags(self, registry: str, repository: str, query: str) -> ListedTags:
+        """One page of the tags list, or what it was. Raises NameUnknown, Denied, UpstreamError, TooManyRequests."""
+        key = registry, repository, query
+        return await self._pages.find(key, lambda: self.registry.fetch_tags(*key))
 
     async def fetch_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest:
         """The manifest of that digest in that repository. Raises as ``find_tag``, and ContentMismatch."""
         name = f"{registry}/{repository}"
-        known = self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None
+        known = self._find_manifest(registry, repository, digest)
         if known is not None:
             return known
 
@@ -79,6 +91,9 @@ class Repositories:
             return manifest
 
         return await self._fetching.run((name, digest), fetch)
+
+    def _find_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest | None:
+        return self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None
 
     def _keep(self, name: str, manifest: StoredManifest) -> None:
         read_manifest(manifest.content, manifest.media_type)  # one that breaks its own rules is not kept
@@ -153,6 +168,7 @@ class Repositories:
         await self._fetching.close()
         await self._asking.close()
         await self._tags.close()
+        await self._pages.close()
         await self._fills.close()
 
 

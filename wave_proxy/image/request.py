@@ -11,6 +11,8 @@ from typing import Any
 from wave_proxy.errors import DigestMismatch, RequestInvalid, SizeMismatch, clip
 from wave_proxy.image.oci import digest_of, matches
 
+_FUSION_HOST = "https://fusionfs.seqera.io/"
+_FUSION_FILE = compile_pattern(r"v([^/]+)-\w+\.json|fusion-\w+\.tar\.gz")
 _FUSION_LAYER = compile_pattern(r".*/fusion-(\w+)\.tar\.gz")
 
 MAX_TAR_BYTES = 256 << 20  # what an inline layer may unpack to
@@ -60,6 +62,24 @@ class ContainerConfig:
     def __bool__(self) -> bool:
         return bool(self.entrypoint or self.cmd or self.env or self.working_dir or self.layers)
 
+    @property
+    def has_fusion(self) -> bool:
+        """Whether Fusion is one of the layers: a pull of it counts apart as well."""
+        return bool(self.fusion_version)
+
+    @property
+    def fusion_version(self) -> str:
+        """The version of the first Fusion layer, empty when there is none. Source: ``wave.md`` §8.4, vectors V29."""
+        for layer in self.layers:
+            if not layer.location.startswith(_FUSION_HOST):
+                continue
+            folder, _, file = layer.location.rpartition("/")
+            _, package, version = folder.rpartition("/pkg/")
+            match = _FUSION_FILE.fullmatch(file)
+            if match and (match[1] or (package and version)):
+                return match[1] or version.replace("/", ".")
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -97,54 +117,36 @@ class ContainerRequest:
 
 
 def request_to_json(request: ContainerRequest) -> dict[str, Any]:
-    """The form in which a request is kept: plain JSON values, without empty members."""
-    config, identity = request.config, request.identity
-    return {
-        "image": request.image,
-        "config": {
-            "entrypoint": config.entrypoint,
-            "cmd": config.cmd,
-            "env": config.env,
-            "working_dir": config.working_dir,
-            "layers": [
-                [layer.location, layer.gzip_digest, layer.gzip_size, layer.tar_digest, layer.media_type]
-                for layer in config.layers
-            ],
-        },
-        "platforms": request.platforms,
-        "identity": {name: value for name in Identity.__slots__ if (value := getattr(identity, name))},
-        "fingerprint": request.fingerprint,
-        "timestamp": request.timestamp,
-        "ip_address": request.ip_address,
-        "includes": request.includes,
-        "dry_run": request.dry_run,
-        "created": request.created,
-        "expires": request.expires,
-    }
+    """The form in which a request is kept: plain JSON values, without empty members, as there may be millions."""
+    config = _set_members(request.config)
+    if request.config.layers:
+        config["layers"] = [[getattr(layer, name) for name in Layer.__slots__] for layer in request.config.layers]
+    members = _set_members(request) | {"config": config, "identity": _set_members(request.identity)}
+    return {"image": request.image} | {name: value for name, value in members.items() if value}
 
 
 def request_from_json(document: Mapping[str, Any]) -> ContainerRequest:
     """Inverse of request_to_json. Unknown members are ignored, so that older workers read newer records."""
-    config = document["config"]
-    return ContainerRequest(
-        image=document["image"],
-        config=ContainerConfig(
-            entrypoint=tuple(config["entrypoint"]),
-            cmd=tuple(config["cmd"]),
-            env=tuple(config["env"]),
-            working_dir=config["working_dir"],
-            layers=tuple(Layer(*layer) for layer in config["layers"]),
-        ),
-        platforms=tuple(document["platforms"]),
-        identity=Identity(**{k: v for k, v in document["identity"].items() if k in Identity.__slots__}),
-        fingerprint=document["fingerprint"],
-        timestamp=document["timestamp"],
-        ip_address=document["ip_address"],
-        includes=tuple(document["includes"]),
-        dry_run=document["dry_run"],
-        created=document["created"],
-        expires=document["expires"],
-    )
+    members = _known_members(ContainerRequest, document)
+    if "config" in members:
+        config = _known_members(ContainerConfig, members["config"])
+        config["layers"] = tuple(Layer(*layer) for layer in config.get("layers", ()))
+        members["config"] = ContainerConfig(**config)
+    if "identity" in members:
+        members["identity"] = Identity(**_known_members(Identity, members["identity"]))
+    return ContainerRequest(**members)
+
+
+def _set_members(value: ContainerRequest | ContainerConfig | Identity) -> dict[str, Any]:
+    return {name: member for name in value.__slots__ if (member := getattr(value, name))}
+
+
+def _known_members(
+    kind: type[ContainerRequest | ContainerConfig | Identity], document: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The members that ``kind`` has; JSON's arrays become tuples."""
+    known = {name: document[name] for name in kind.__slots__ if name in document}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
 def unpack_inline_layer(layer: Layer, limit: int = MAX_TAR_BYTES) -> tuple[bytes, int]:

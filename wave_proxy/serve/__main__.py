@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -20,34 +21,40 @@ from setproctitle import setproctitle
 from wave_proxy import logs
 from wave_proxy.cache.blobs import BlobStore
 from wave_proxy.cache.evict import Evictor
-from wave_proxy.cache.fill import Fills
+from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.manifests import ManifestStore
 from wave_proxy.cache.repositories import Repositories
 from wave_proxy.cache.tags import Tags
-from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.config import ConfigInvalid, QuotaSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
+from wave_proxy.image.limit import parse_limit
 from wave_proxy.readiness import say_ready
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.metrics import Publisher, Sources
+from wave_proxy.serve.origin import ClientAddress
 from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
+from wave_proxy.serve.stats import RequestStats
 from wave_proxy.serve.tls import server_context
-from wave_proxy.state.redis import Redis, connect, wait_until_up
+from wave_proxy.state.quota import Quotas
+from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
-from wave_proxy.upstream.tables import read_credentials, read_endpoints
+from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits
 
 
 def main() -> None:
     """Serve until SIGTERM."""
-    config_file = os.environ.get("WAVE_CONFIG_FILE")
     try:
-        settings = load(Path(config_file) if config_file else None, {})
+        settings = receive()
         logs.configure(settings.log.format, settings.log.level, os.environ.get("WAVE_PART", "proxy"))
         uvloop.run(_run(settings))
     except (ConfigInvalid, StateUnavailable, OSError) as err:
@@ -65,7 +72,7 @@ async def _run(settings: Settings) -> None:
     redis = connect(settings.redis_url.get_secret_value())
     await wait_until_up(redis)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as background:
-        server = Server(_compose(settings, redis, stack, background), _limits(settings))
+        server = _compose(settings, redis, stack, background)
         listeners = [await loop.create_server(server, sock=sock, ssl=tls, backlog=4096) for sock in sockets]
         gc.freeze()  # what was built so far lives as long as the process: no collection has to look at it
         say_ready()
@@ -76,7 +83,7 @@ async def _run(settings: Settings) -> None:
         await stack.aclose()
 
 
-def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> App:
+def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> Server:
     """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
     stack.push_async_callback(redis.aclose)
     tokens = TokenStore(redis, settings.tokens.retention)
@@ -85,33 +92,81 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
         connect_timeout_s=settings.upstream.connect_timeout,
         response_timeout_s=settings.upstream.response_timeout,
         idle_timeout_s=settings.upstream.idle_timeout,
+        offline=settings.upstream.offline,
     )
     stack.push_async_callback(egress.close)
-    registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
+    registry = Registry(
+        egress,
+        read_credentials(settings.registries),
+        attempts=settings.upstream.attempts,
+        limits=read_limits(
+            settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1
+        ),
+        parallel=settings.upstream.parallel,
+    )
     stack.push_async_callback(registry.close)
     blobs = BlobStore(settings.data)
     evictor = Evictor(settings.data, settings.cache.max_bytes)
     grants = Grants(settings.data)
+    fills = Fills(settings.data, blobs, evictor, grants)
     repositories = Repositories(
         registry,
         Tags(settings.data, settings.cache.tag_ttl),
         ManifestStore(settings.data),
         blobs,
-        Fills(settings.data, blobs, evictor, grants),
+        fills,
         grants,
     )
     stack.push_async_callback(repositories.close)
     augmenter = Augmenter(repositories, tokens)
     stack.push_async_callback(augmenter.close)
-    resolver = Resolver(tokens)
+    quotas, usage, stats = _quotas(settings.quota, redis), Usage(redis), RequestStats()
+    stack.push_async_callback(usage.close)
+    stack.push_async_callback(quotas.close)
+    ready = ReadyReplies(quotas, usage, stats)
+    resolver = Resolver(tokens, ready)
     stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens)
     forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"], limit=256))
     stack.push_async_callback(forwarder.close)
-    for coroutine in (resolver.follow_deletions(), evictor.run()):
-        task = background.create_task(coroutine)
-        stack.callback(task.cancel)
-    return App(Puller(resolver, repositories, augmenter, layers, registry, tokens), forwarder, settings.log.requests)
+    for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
+        stack.push_async_callback(cancel, background.create_task(coroutine))
+    puller = Puller(
+        resolver,
+        repositories,
+        augmenter,
+        layers,
+        registry,
+        tokens,
+        quotas,
+        usage,
+    )
+    app = App(puller, forwarder, stats, settings.log.requests)
+    server = Server(app, _limits(settings), ClientAddress(settings.http.trusted_proxies), ready)
+    if folder := os.environ.get("WAVE_METRICS_FOLDER"):
+        counted = (stats, fills.stats, registry.stats, evictor.stats, quotas.stats)
+        sources = Sources(*counted, lambda: len(server.connections), partial(check, redis))
+        _publish(Publisher(Path(folder), os.environ["WAVE_PART"], sources), stack, background)
+    return server
+
+
+def _publish(publisher: Publisher, stack: AsyncExitStack, background: asyncio.TaskGroup) -> None:
+    stack.push_async_callback(publisher.close)
+    for coroutine in (publisher.run(), publisher.watch_loop(), publisher.watch_redis()):
+        stack.push_async_callback(cancel, background.create_task(coroutine))
+
+
+def _quotas(settings: QuotaSettings, redis: Redis) -> Quotas:
+    return Quotas(
+        redis,
+        {
+            ("pull", False): parse_limit(settings.pull_anonymous),
+            ("pull", True): parse_limit(settings.pull_identified),
+        },
+        wait_s=settings.wait,
+        max_waiting=settings.max_waiting,
+        open_when_down=settings.when_redis_is_down == "open",
+    )
 
 
 def _limits(settings: Settings) -> Limits:

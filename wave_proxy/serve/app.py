@@ -17,13 +17,15 @@ from wave_proxy.errors import (
     Overloaded,
     RangeInvalid,
     RequestInvalid,
+    TooManyRequests,
     WaveError,
     clip,
 )
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.pull import API_VERSION, NO_SNIFFING, Puller
-from wave_proxy.serve.route import is_registry_path
+from wave_proxy.serve.route import is_registry_path, kind_of
+from wave_proxy.serve.stats import RequestStats
 
 _log = structlog.get_logger()
 
@@ -35,9 +37,10 @@ LogRequests = Literal["all", "failed", "none"]
 class App:
     """One worker's answers to whatever comes in."""
 
-    def __init__(self, puller: Puller, forwarder: Forwarder, log_requests: LogRequests) -> None:
+    def __init__(self, puller: Puller, forwarder: Forwarder, stats: RequestStats, log_requests: LogRequests) -> None:
         self._puller = puller
         self._forwarder = forwarder
+        self._stats = stats
         self._log_requests = log_requests
 
     async def __call__(self, request: Request) -> Reply:
@@ -58,8 +61,17 @@ class App:
                 return _error_reply(Overloaded("the server has too many open files; try again"), registry)
             _log.exception("request failed", method=request.method, target=redact(request.target))
             reply = _error_reply(WaveError("internal error: the server's log says more"), registry)
+        self._count(request, reply, monotonic() - began)
         self._log_request(request, reply, error, began)
+        if self._log_requests == "all":
+            reply.terms = None  # the next one gets a line as well
         return reply
+
+    def _count(self, request: Request, reply: Reply, seconds: float) -> None:
+        state = next((value.lower() for name, value in reply.headers if name == "X-Cache"), "none")
+        self._stats.count(kind_of(request.target), state, reply.status, seconds)
+        if request.method != "HEAD":
+            self._stats.bytes += reply.content_length() or 0
 
     def _log_request(self, request: Request, reply: Reply, error: WaveError | None, began: float) -> None:
         # What the operator can mend counts as failed, whatever its status says to the client.
@@ -99,6 +111,10 @@ def _error_reply(err: WaveError, registry: bool) -> Reply:
         headers = [("Content-Type", "application/json"), NO_SNIFFING]
     if err.retry_after_s is not None:
         headers.append(("Retry-After", str(err.retry_after_s)))
+    if isinstance(err, TooManyRequests) and err.limit is not None:
+        headers.append(("RateLimit-Limit", str(err.limit)))
+        headers.append(("RateLimit-Remaining", str(err.remaining or 0)))
+        headers.append(("RateLimit-Reset", str(err.reset_s or 0)))
     if isinstance(err, RangeInvalid):
         headers.append(("Content-Range", f"bytes */{err.size}"))
     if isinstance(err, MethodNotAllowed):

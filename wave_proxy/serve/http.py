@@ -6,7 +6,6 @@ the other, in order; while one is answered, a few more may wait parsed, and afte
 
 import asyncio
 import os
-import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,10 +17,12 @@ import structlog
 
 from wave_proxy.errors import BodyTooLarge, RequestInvalid, WaveError
 from wave_proxy.serve.messages import Body, FileBody, Reply, Request, Stream, format_head
+from wave_proxy.serve.origin import ClientAddress
+from wave_proxy.serve.ready import ReadyReplies, Wire
+from wave_proxy.serve.sendfile import send_file
 
 _log = structlog.get_logger()
 
-SEND_BYTES = 1 << 20  # one sendfile call: large enough to be cheap, small enough to be fair between clients
 READ_BYTES = 1 << 16  # one read where sendfile can't be used (TLS)
 SMALL_BYTES = 1 << 15  # bodies up to this go out in one write with their head
 MAX_WAITING = 16  # parsed requests that wait behind the one being answered
@@ -47,9 +48,17 @@ class Limits:
 class Server:
     """All connections of one worker, and how they end."""
 
-    def __init__(self, handler: Handler, limits: Limits) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: Limits,
+        addresses: ClientAddress | None = None,
+        ready: ReadyReplies | None = None,
+    ) -> None:
         self.handler = handler
         self.limits = limits
+        self.addresses = addresses or ClientAddress(())
+        self.ready = ready
         self.connections: set[Connection] = set()
         self.closing = False
         self._empty = asyncio.Event()
@@ -91,8 +100,12 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
         self._secure = False
-        self._client = ""
-        self._parser = httptools.HttpRequestParser(self)
+        self._peer = ""
+        self._is_peer_the_client = True
+        self._ready = server.ready
+        self._parser: httptools.HttpRequestParser = None  # type: ignore[assignment]  # made by what it has to parse
+        self._begun = 0  # requests, in the data that is being parsed
+        self._answered: Wire | None = None  # the last of them
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
@@ -114,7 +127,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._secure = transport.get_extra_info("sslcontext") is not None
         peer = transport.get_extra_info("peername")
-        self._client = peer[0] if isinstance(peer, tuple) else ""
+        self._peer = peer[0] if isinstance(peer, tuple) else ""
+        self._is_peer_the_client = not self._server.addresses.is_trusted(self._peer)
         self._server.connections.add(self)
         self._set_deadline(self._limits.header_timeout_s)
 
@@ -190,9 +204,40 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering:
             return
-        if not self._head_bytes and self._body is None and self.task is None:
+        if self._head_bytes or self.task is not None or self._ready is None or not self._is_peer_the_client:
+            self._parse(data)
+            return
+        wire = self._ready.answer_bytes(data, self._peer) if self._may_answer_now() else None
+        if wire is not None:
+            self._write_ready(wire)
+            return
+        self._parse(data)
+        if self._answered is not None and self._begun == 1 and not self._head_bytes and not self._lingering:
+            self._ready.remember(data, self._answered)
+
+    def _may_answer_now(self) -> bool:
+        """Whether nothing is due before, and the client takes what it is sent."""
+        return (
+            self.task is None
+            and self._drained is None
+            and not self._server.closing
+            and not self._transport.is_closing()
+        )
+
+    def _write_ready(self, wire: Wire) -> None:
+        self._transport.write(wire.content)
+        if wire.close:
+            self._transport.close()
+        else:
+            self._deadline = self._loop.time() + self._limits.idle_timeout_s
+
+    def _parse(self, data: bytes) -> None:
+        if not self._head_bytes and self.task is None:
             self._set_deadline(self._limits.header_timeout_s)
+        self._begun, self._answered = 0, None
         self._head_bytes += len(data)
+        if not self._parser:
+            self._parser = httptools.HttpRequestParser(self)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -219,13 +264,14 @@ class Connection(asyncio.Protocol):
         self._lingering = True
         if self._body is None:
             body = Body(self, 0, 0, False)
-            self._enqueue(Request("GET", "", [], body, self._client, False, False, malformed=f"{status} {message}"))
+            self._enqueue(Request("GET", "", [], body, self._peer, False, False, malformed=f"{status} {message}"))
             return
         if self._waiting and self._waiting[-1].body is self._body:
             self._waiting[-1].malformed = f"{status} {message}"
         self._body.fail(RequestInvalid(message))
 
     def on_message_begin(self) -> None:
+        self._begun += 1
         self._target = b""
         self._headers = []
 
@@ -245,7 +291,7 @@ class Connection(asyncio.Protocol):
             target=self._target.decode("latin-1"),
             headers=self._headers,
             body=self._body,
-            client=self._client,
+            client=self._server.addresses.find(self._peer, self._headers),
             keep_alive=self._parser.should_keep_alive(),
             http_1_0=self._parser.get_http_version() == "1.0",
         )
@@ -261,6 +307,11 @@ class Connection(asyncio.Protocol):
                     BodyTooLarge(f"the request's body is over the limit of {self._limits.max_body_bytes} bytes")
                 )
         self._headers = []  # trailers, which nobody asked for, are none of the request's headers
+        if self._ready is not None and not self._framing and not request.malformed and self._may_answer_now():
+            self._answered = self._ready.answer(request)
+            if self._answered is not None:
+                self._write_ready(self._answered)
+                return
         self._enqueue(request)
 
     def on_body(self, chunk: bytes) -> None:
@@ -317,7 +368,10 @@ class Connection(asyncio.Protocol):
         else:
             reply = await self._server.handler(request)
         try:
-            return await self._send(request, reply)
+            goes_on = await self._send(request, reply)
+            if self._ready is not None and reply.terms is not None:
+                self._ready.keep(request, reply)
+            return goes_on
         finally:
             if isinstance(reply.body, FileBody):
                 reply.body.source.close()
@@ -389,36 +443,10 @@ class Connection(asyncio.Protocol):
 
     async def _send_file(self, head: bytes, body: FileBody) -> None:
         await self._flush()
-        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as sock:
-            # The duplicate lets us wait for room ourselves; uvloop owns the original's readiness.
-            more = socket.MSG_MORE if body.source.readable() > body.start else 0
-            while head:
-                with suppress(BlockingIOError):
-                    head = head[sock.send(head, more) :]
-                if head:
-                    await self._writable(sock)
-            offset = body.start
-            while offset < body.end:
-                ready = min(body.source.readable(), body.end) - offset
-                if ready <= 0:
-                    await body.source.wait(offset)
-                    continue
-                with suppress(BlockingIOError):
-                    sent = os.sendfile(sock.fileno(), body.source.fd, offset, min(ready, SEND_BYTES))
-                    if not sent:
-                        raise ConnectionAbortedError("the blob's file is shorter than its size")
-                    offset += sent
-                if offset < body.end:
-                    await self._writable(sock)
-
-    async def _writable(self, sock: socket.socket) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_writer(sock, _resolve, ready)
-        try:
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                await ready
-        finally:
-            self._loop.remove_writer(sock)
+        if self._transport.is_closing():  # its descriptor may be another connection's by now
+            raise ConnectionResetError("the client closed the connection")
+        peer = self._transport.get_extra_info("socket")
+        await send_file(self._loop, peer, head, body, write_timeout_s=self._limits.write_timeout_s)
 
     async def _flush(self) -> None:
         """Wait until everything that was written has left for the kernel."""
@@ -435,8 +463,3 @@ class Connection(asyncio.Protocol):
         if self._drained is not None:
             async with asyncio.timeout(self._limits.write_timeout_s):
                 await asyncio.shield(self._drained)
-
-
-def _resolve(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)

@@ -9,7 +9,8 @@ from wave_proxy.cache.repositories import OpenBlob, Repositories
 from wave_proxy.errors import BlobUnknown, StorageFull, Unsupported, clip
 from wave_proxy.image.request import Layer
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.upstream.registry import BlobStream, Registry
+from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.transfer import BlobStream
 
 _OTHER_REGISTRY = re.compile(r"docker://([^/]+)/v2/(.+)/blobs/([^/]+)")
 

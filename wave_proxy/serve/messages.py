@@ -63,15 +63,38 @@ class Stream(Interface):
         """Give up what the stream holds, read to its end or not. Called once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a reply may be given again to whoever asks for the same.
+
+    ``until`` is an instant of the monotonic clock; ``token`` is empty for the direct form; ``kind`` and ``state`` are
+    what it counts as. ``confirmed`` (epoch seconds) is what its Age counts from, None when it has no Age. With
+    ``is_pull`` each time is a pull of that user, or of the client's address when there is no ``email``.
+    """
+
+    until: float
+    token: str
+    kind: str
+    state: str
+    confirmed: float | None = None
+    is_pull: bool = False
+    email: str = ""
+    fusion: bool = False
+
+
 @dataclass(slots=True)
 class Reply:
-    """An answer. ``length`` is that of the body when it is a stream of known length or is not sent (HEAD)."""
+    """An answer. ``length`` is that of the body when it is a stream of known length or is not sent (HEAD).
+
+    Without ``terms`` it is for this request only.
+    """
 
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes | FileBody | Stream = b""
     length: int | None = None
     close: bool = False
+    terms: Terms | None = None
 
     def content_length(self) -> int | None:
         """Length of the body in bytes; None when only its end will tell."""
@@ -145,7 +168,7 @@ class Body:
 
 @dataclass(slots=True)
 class Request:
-    """A request as it was sent. Header names are lower case; ``client`` is the peer's address without its port."""
+    """A request as it was sent. Header names are lower case; ``client`` is the address of who sent it."""
 
     method: str
     target: str

@@ -1,22 +1,30 @@
 """A pull: the order of the stages, from a route to the reply."""
 
+import os
 from collections import OrderedDict
+from dataclasses import dataclass
+from time import monotonic, time
 from urllib.parse import parse_qsl, urlencode
 
 import structlog
 
+from wave_proxy.cache.blobs import StoredBlob
 from wave_proxy.cache.fill import FillReader, ReadAlong
 from wave_proxy.cache.manifests import StoredManifest
 from wave_proxy.cache.repositories import CacheState, OpenBlob, Repositories
 from wave_proxy.errors import ManifestUnknown, RangeInvalid, StateUnavailable
+from wave_proxy.image.oci import INDEX_TYPES
 from wave_proxy.image.request import Layer
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.layers import Layers
-from wave_proxy.serve.messages import FileBody, Reply, Request
+from wave_proxy.serve.messages import FileBody, Reply, Request, Terms
 from wave_proxy.serve.ranges import parse_range
+from wave_proxy.serve.ready import age_s
 from wave_proxy.serve.resolve import Resolver, Target, own_target
 from wave_proxy.serve.route import Route, parse_route
+from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.registry import Registry
 
 _log = structlog.get_logger()
@@ -25,6 +33,25 @@ API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 _IMMUTABLE = ("Cache-Control", "max-age=31536000, immutable")
 _RECORDED = 100_000
+_READY_S = 60.0  # so long a reply may be given again without a look at where it came from
+_READY_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A manifest to answer with.
+
+    Upstream last told what the tag stands for when it was ``confirmed``, and is asked again after ``until``: both are
+    epoch seconds, and None where no tag was asked for.
+    """
+
+    manifest: StoredManifest
+    state: CacheState
+    confirmed: float | None = None
+    until: float | None = None
+
+    def age_header(self) -> list[tuple[str, str]]:
+        return [] if self.confirmed is None else [("Age", str(age_s(self.confirmed, time())))]
 
 
 class Puller:
@@ -38,6 +65,8 @@ class Puller:
         layers: Layers,
         registry: Registry,
         tokens: TokenStore,
+        quotas: Quotas,
+        usage: Usage,
     ) -> None:
         self._resolver = resolver
         self._repositories = repositories
@@ -45,6 +74,8 @@ class Puller:
         self._layers = layers
         self._registry = registry
         self._tokens = tokens
+        self._quotas = quotas
+        self._usage = usage
         self._recorded: OrderedDict[str, None] = OrderedDict()
 
     async def answer(self, request: Request) -> Reply:
@@ -54,7 +85,7 @@ class Puller:
             return Reply(200, [API_VERSION, ("Content-Type", "application/json")], b"{}")
         target = await self._resolver.resolve(route)
         if route.kind == "manifest":
-            return await self._manifest(route, target)
+            return await self._manifest(request, route, target)
         if route.kind == "tags":
             return await self._tags(route, target)
         if request.method == "HEAD":
@@ -63,48 +94,83 @@ class Puller:
 
     # --- manifests ---------------------------------------------------------------------------------------------
 
-    async def _manifest(self, route: Route, target: Target) -> Reply:
+    async def _manifest(self, request: Request, route: Route, target: Target) -> Reply:
         find = self._manifest_by_digest if route.is_digest else self._manifest_by_tag
-        manifest, state = await find(target)
+        found = await find(target)
+        manifest = found.manifest
+        is_pull = request.method == "GET" and manifest.media_type not in INDEX_TYPES
+        if is_pull:
+            await self._count(request, target)
         headers = [
             ("Content-Type", manifest.media_type),
             ("Docker-Content-Digest", manifest.digest),
             ("ETag", f'"{manifest.digest}"'),
             API_VERSION,
-            ("X-Cache", state),
+            ("X-Cache", found.state),
+            *found.age_header(),
         ]
-        return Reply(200, headers, manifest.content)
+        return Reply(200, headers, manifest.content, terms=self._terms(found, target, is_pull=is_pull))
 
-    async def _manifest_by_tag(self, target: Target) -> tuple[StoredManifest, CacheState]:
-        source, stale = target.reference, False
+    async def _count(self, request: Request, target: Target) -> None:
+        """Let a pull in, and count it. Raises TooManyRequests, StateUnavailable."""
+        subject = subject_of("pull", target.email or None, request.client)
+        if not self._quotas.try_admit(subject):
+            await self._quotas.admit(subject)
+        self._usage.count(target.email or None, target.config.has_fusion)
+
+    def _terms(self, found: _Found, target: Target, *, is_pull: bool) -> Terms | None:
+        """How long the same answer holds: not beyond the tag's next question, nor the token's end."""
+        if len(found.manifest.content) > _READY_BYTES:
+            return None
+        now, for_s = time(), _READY_S
+        if found.until is not None:
+            for_s = min(for_s, found.until - now)
+        if target.request is not None:
+            for_s = min(for_s, target.request.expires - now)
+        return Terms(
+            until=monotonic() + for_s,
+            token=target.token,
+            kind="manifest",
+            state="stale" if found.state == "STALE" else "hit",
+            confirmed=found.confirmed,
+            is_pull=is_pull,
+            email=target.email,
+            fusion=target.config.has_fusion,
+        )
+
+    async def _manifest_by_tag(self, target: Target) -> _Found:
+        answer, source = None, target.reference
         if ":" not in source:  # a digest stands there for the tag that replaces it, see resolve
             answer = await self._repositories.find_tag(target.registry, target.repository, target.reference)
-            source, stale = answer.digest, answer.stale
-        state: CacheState = "STALE" if stale else self._known(target, source)
+            source = answer.digest
+        state = self._known(target, source)
+        if answer is not None and (answer.stale or answer.fetched):
+            state = "STALE" if answer.stale else "MISS"
         if target.config:
             made = await self._augmenter.augment(target, source)
             manifest = made.contents[made.digest]
         else:
             manifest = await self._repositories.fetch_manifest(target.registry, target.repository, source)
         await self._record(target, source, manifest.digest)
-        return manifest, state
+        return _Found(manifest, state) if answer is None else _Found(manifest, state, answer.checked, answer.until)
 
     def _known(self, target: Target, digest: str) -> CacheState:
         return "HIT" if self._repositories.has_manifest(target.registry, target.repository, digest) else "MISS"
 
-    async def _manifest_by_digest(self, target: Target) -> tuple[StoredManifest, CacheState]:
+    async def _manifest_by_digest(self, target: Target) -> _Found:
         if target.config:
             made = await self._augmenter.find(target, target.reference)
             if made is not None:
-                return made, "HIT"
+                return _Found(made, "HIT")
         state = self._known(target, target.reference)
         try:
-            return await self._repositories.fetch_manifest(target.registry, target.repository, target.reference), state
+            manifest = await self._repositories.fetch_manifest(target.registry, target.repository, target.reference)
         except ManifestUnknown:
-            found = await self._remake(target) if target.config else None
-            if found is None:
+            remade = await self._remake(target) if target.config else None
+            if remade is None:
                 raise
-            return found, "MISS"
+            return _Found(remade, "MISS")
+        return _Found(manifest, state)
 
     async def _remake(self, target: Target) -> StoredManifest | None:
         """Content of an equal request, known by its digest to somebody who never asked this token for its tag."""
@@ -125,8 +191,10 @@ class Puller:
     # --- tags --------------------------------------------------------------------------------------------------
 
     async def _tags(self, route: Route, target: Target) -> Reply:
-        page = await self._registry.fetch_tags(target.registry, target.repository, route.query)
-        headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION]
+        listed = await self._repositories.list_tags(target.registry, target.repository, route.query)
+        page, state = listed.page, "STALE" if listed.stale else "MISS"
+        headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION, ("X-Cache", state)]
+        headers.append(("Age", str(age_s(listed.checked, time()))))
         # Upstream's path is not ours; what follows the question mark is the same question, spelled so that it is safe.
         asked = parse_qsl(page.link.partition("?")[2].partition(">")[0], keep_blank_values=True)
         if asked:
@@ -153,12 +221,19 @@ class Puller:
     async def _blob(self, request: Request, target: Target) -> Reply:
         layer = _requested_layer(target)
         if layer is not None:
-            return _send(request, target.reference, await self._layers.open(layer))
-        made = await self._find_made_config(target)
-        if made is not None:
-            return _send(request, target.reference, made.content)
-        blob = await self._repositories.open_blob(target.registry, target.repository, target.reference)
-        return _send(request, target.reference, blob)
+            content = await self._layers.open(layer)
+        else:
+            made = await self._find_made_config(target)
+            if made is not None:
+                content = made.content
+            else:
+                content = await self._repositories.open_blob(target.registry, target.repository, target.reference)
+        if not isinstance(content, bytes):
+            content = _read_small(content)
+        reply = _send(request, target.reference, content)
+        if reply.status == 200 and isinstance(content, bytes) and len(content) <= _READY_BYTES:
+            reply.terms = _blob_terms(request, target)
+        return reply
 
     async def _find_made_config(self, target: Target) -> StoredManifest | None:
         if not target.config or self._repositories.is_granted(target.registry, target.repository, target.reference):
@@ -171,6 +246,26 @@ def _requested_layer(target: Target) -> Layer | None:
         if layer.gzip_digest == target.reference:
             return layer
     return None
+
+
+def _read_small(blob: OpenBlob) -> OpenBlob | bytes:
+    """The content of a small blob of the store, which is then given back; other blobs as they are."""
+    if not isinstance(blob.source, StoredBlob) or blob.source.size > _READY_BYTES:
+        return blob
+    try:
+        content = os.pread(blob.source.fd, blob.source.size, 0)
+    finally:
+        blob.source.close()
+    if len(content) != blob.source.size:
+        raise ConnectionAbortedError("the blob's file is shorter than its size")
+    return content
+
+
+def _blob_terms(request: Request, target: Target) -> Terms | None:
+    if request.header(b"range") is not None:
+        return None
+    for_s = _READY_S if target.request is None else min(_READY_S, target.request.expires - time())
+    return Terms(until=monotonic() + for_s, token=target.token, kind="blob", state="hit")
 
 
 def _blob_headers(digest: str, state: CacheState) -> list[tuple[str, str]]:

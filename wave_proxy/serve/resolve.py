@@ -11,12 +11,14 @@ from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.reference import DOCKER_HUB, Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.route import Route, unknown_token
 from wave_proxy.state.tokens import TokenStore
 
 _log = structlog.get_logger()
 
 _MEMORY_BYTES = 64 << 20
+_KNOWN_BYTES = 1000  # of objects around what a request itself says, measured
 _RECONNECT_S = 1.0
 _DIGEST_TAG_LENGTH = len("sha256-") + 12
 
@@ -41,6 +43,11 @@ class Target:
         """What to change in the image; empty for the direct form."""
         return self.request.config if self.request else ContainerConfig()
 
+    @property
+    def email(self) -> str:
+        """Of the user who made the request; empty when nobody knows."""
+        return self.request.identity.email if self.request else ""
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -50,10 +57,12 @@ class _Known:
 
 
 class Resolver:
-    """Requests by token; in memory for as long as they live, since they never change."""
+    """Requests by token; in memory for as long as they live, since they never change, or until others are used more."""
 
-    def __init__(self, tokens: TokenStore) -> None:
+    def __init__(self, tokens: TokenStore, ready: ReadyReplies) -> None:
+        """What ``ready`` keeps for a token is dropped with it."""
         self._tokens = tokens
+        self._ready = ready
         self._memory: OrderedDict[str, _Known] = OrderedDict()
         self._bytes = 0
         self._deletions = 0
@@ -65,9 +74,11 @@ class Resolver:
             official = route.registry == DOCKER_HUB and "/" not in route.repository
             repository = f"library/{route.repository}" if official else route.repository
             return Target(route.registry, repository, route.reference)
-        known = self._memory.get(route.token) or await self._looking_up.run(
-            route.token, lambda: self._look_up(route.token)
-        )
+        known = self._memory.get(route.token)
+        if known is not None:
+            self._memory.move_to_end(route.token)
+        else:
+            known = await self._looking_up.run(route.token, lambda: self._look_up(route.token))
         if known is None or time() >= known.request.expires or known.image.repository != route.repository:
             raise unknown_token(route.token)
         image = known.image
@@ -80,7 +91,8 @@ class Resolver:
             return None
         if self._deletions != deletions:
             return await self._look_up(token)  # it may have been this one
-        known = self._memory[token] = _Known(record.request, parse_reference(record.request.image), record.size)
+        image, size = parse_reference(record.request.image), record.size + _KNOWN_BYTES
+        known = self._memory[token] = _Known(record.request, image, size)
         self._bytes += known.size
         while self._bytes > _MEMORY_BYTES and len(self._memory) > 1:
             self._forget(next(iter(self._memory)))
@@ -103,9 +115,11 @@ class Resolver:
                     self._deletions += 1
                     if token:
                         self._forget(token)
+                        self._ready.forget_token(token)
                     else:  # what was announced before is lost: look every token up again
                         self._memory.clear()
                         self._bytes = 0
+                        self._ready.clear()
             except StateUnavailable as err:
                 _log.warning("no word of deleted tokens", error=str(err))
             await asyncio.sleep(_RECONNECT_S)

@@ -48,6 +48,14 @@ def is_registry_path(target: str) -> bool:
     return target.startswith(("/v2/", "/v2?")) or target == "/v2"
 
 
+def kind_of(target: str) -> str:
+    """What a request target is about, for counting, well-formed or not: a Kind, or ``api``."""
+    if not is_registry_path(target):
+        return "api"
+    parts = target.partition("?")[0].rsplit("/", 2)
+    return _KINDS.get(parts[-2], "tags" if parts[-2:] == ["tags", "list"] else "ping")
+
+
 def parse_route(method: str, target: str) -> Route:
     """Parse a target for which ``is_registry_path`` holds.
 

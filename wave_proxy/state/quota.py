@@ -16,7 +16,6 @@ A subject has three keys, ``wave:quota:{<kind>:<user|address>:<name>}:<part>``, 
 """
 
 import asyncio
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,14 +33,15 @@ import structlog
 
 from wave_proxy._fast.window import Ledger
 from wave_proxy.errors import StateUnavailable, TooManyRequests
+from wave_proxy.image.limit import Limit, parse_limit
 from wave_proxy.state.redis import Redis, translated
+
+__all__ = ["Kind", "Limit", "Quotas", "Subject", "parse_limit", "subject_of"]
 
 _log = structlog.get_logger()
 
 Kind = Literal["pull", "build"]
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LIMIT = re.compile(r"(\d+)\s*/\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _STEPS = 600  # a window's resolution; a use counts for up to two steps longer than the period
 _LEASE_S = 1.0
 _SAFE = 0.9  # of a lease's life it is used here; the rest is for its return, and for clocks that run unevenly
@@ -50,6 +50,8 @@ _PROBE_S = 0.5
 _IDLE_S = 10.0
 _MEMORY = 100_000  # subjects
 _GROWTH = 4
+_HELD_S = 0.1  # a wait this long is one for a permit to free; shorter ones are round trips
+_MAX_RETRY_AFTER_S = 60  # clients take it at its word, and would sleep for an hour; the true time stands beside it
 
 # Reports what became of a process's last lease, and leases anew. Calls are numbered: one that is repeated gets the
 # same answer and changes nothing; one that arrives after a later one does nothing.
@@ -158,28 +160,6 @@ return result
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """At most ``max`` in any span of ``period_s`` seconds."""
-
-    max: int
-    period_s: float
-
-    def __str__(self) -> str:
-        name, unit_s = next((n, s) for n, s in reversed(_UNITS_S.items()) if self.period_s >= s or n == "ms")
-        return f"{self.max}/{self.period_s / unit_s:g}{name}"
-
-
-def parse_limit(text: str) -> Limit | None:
-    """``<max>/<duration>``, such as ``100/1h``; None for ``off``. Raises ValueError."""
-    if text == "off":
-        return None
-    match = _LIMIT.fullmatch(text.strip())
-    if match is None or float(match[2]) * _UNITS_S[match[3]] < _UNITS_S["ms"]:
-        raise ValueError(f'expected "<max>/<duration>", such as "100/1h", or "off", and got {text!r}')
-    return Limit(int(match[1]), float(match[2]) * _UNITS_S[match[3]])
-
-
-@dataclass(frozen=True, slots=True)
 class Subject:
     """Who is counted, for what: a user by e-mail, or an address without one."""
 
@@ -241,6 +221,20 @@ class _Account:
     touched: float = 0.0
 
 
+@dataclass(slots=True)
+class QuotaStats:
+    """Decisions about requests that have a limit.
+
+    ``admitted`` were let in at once, ``held`` after they waited for a permit, ``refused`` not at all; ``uncounted``
+    were let in without a permit, as Redis was away, and are reported to it later.
+    """
+
+    admitted: int = 0
+    held: int = 0
+    refused: int = 0
+    uncounted: int = 0
+
+
 class Quotas:
     """Decides who may go on. ``run`` must be running beside it."""
 
@@ -272,13 +266,17 @@ class Quotas:
         self._pumps: set[asyncio.Task[None]] = set()
         periods = [limit.period_s for limit in limits.values() if limit is not None]
         self._pause_s = min((_SAFE * _lease_s(period_s) for period_s in periods), default=_LEASE_S)
+        self.stats = QuotaStats()
 
     def try_admit(self, subject: Subject) -> bool:
         """Whether the request may go on: a permit is at hand and now used, or there is no limit. If not, ``admit``."""
         account = self._accounts.get(subject.key)
         if account is None:
             return self._limits.get((subject.kind, subject.identified)) is None
-        return account.ledger.take(monotonic())
+        if account.ledger.take(monotonic()):
+            self.stats.admitted += 1
+            return True
+        return False
 
     async def admit(self, subject: Subject) -> None:
         """Return when the request may go on, after others of the subject that came before.
@@ -291,6 +289,7 @@ class Quotas:
         now = monotonic()
         account = self._account(subject, limit, now)
         if account.ledger.take(now):
+            self.stats.admitted += 1
             return
         delay_s = account.ledger.delay(now, len(account.waiters))
         if delay_s > self._wait_s:
@@ -386,7 +385,11 @@ class Quotas:
             if not waiter.done():
                 if account.ledger.take(now):
                     waiter.set_result(None)
+                    held = now + self._wait_s - gives_up_at >= _HELD_S
+                    self.stats.held += held
+                    self.stats.admitted += not held
                 elif now > gives_up_at + _CALL_S:  # answers come, but later than leases end
+                    self.stats.refused += 1
                     waiter.set_exception(StateUnavailable("the state store (Redis) is too slow; try again"))
                 else:
                     break
@@ -407,12 +410,14 @@ class Quotas:
                 waiter.set_exception(self._refusal(account, delay_s))
 
     def _refusal(self, account: _Account, delay_s: float) -> TooManyRequests:
+        self.stats.refused += 1
         subject, limit, seconds = account.subject, account.limit, max(ceil(delay_s), 1)
         who = f"{'user' if subject.identified else 'IP'} {subject.name}"
         resets = datetime.fromtimestamp(ceil(time() + delay_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         hint = "" if subject.identified else self._hint(subject.kind)
         said = f"Request exceeded {subject.kind} rate limit for {who}: {limit}; try again in {seconds} s, at {resets}"
-        return TooManyRequests(said + hint, seconds, limit=limit.max, remaining=0, reset_s=seconds)
+        retry_after_s = min(seconds, _MAX_RETRY_AFTER_S)
+        return TooManyRequests(said + hint, retry_after_s, limit=limit.max, remaining=0, reset_s=seconds)
 
     def _hint(self, kind: str) -> str:
         identified = self._limits.get((kind, True))
@@ -509,9 +514,11 @@ class Quotas:
 
     def _pass_unleased(self, account: _Account, now: float) -> None:
         if not self._open_when_down:
+            self.stats.refused += 1
             raise StateUnavailable("quotas can't be checked: the state store (Redis) is away; try again")
         account.ledger.record(now)
         account.owes = True
+        self.stats.uncounted += 1
 
     async def _probe(self) -> None:
         """Try what a subject's call would do; with Redis back, report what went on without it."""

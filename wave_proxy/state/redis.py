@@ -1,7 +1,7 @@
 """The one place that imports the Redis client: connecting, and one error for everything that can go wrong there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 
@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from wave_proxy.errors import StateUnavailable
 
-__all__ = ["Redis", "answered", "check", "connect", "translated", "wait_until_up"]
+__all__ = ["Redis", "answered", "cancel", "check", "connect", "translated", "wait_until_up"]
 
 TIMEOUT_S = 5.0
 _CONNECTIONS = 32  # a process; a thousand requests at once wait for these rather than open a thousand
@@ -69,6 +69,18 @@ async def answered() -> AsyncIterator[None]:
                 yield
         except TimeoutError as err:
             raise RedisTimeoutError(f"no answer within {TIMEOUT_S:g} s") from err
+
+
+async def cancel(*tasks: "asyncio.Task[None]") -> None:
+    """Cancel tasks that use a client, and wait for their end.
+
+    The client library sometimes takes a cancellation for a time limit of its own: then it is told again.
+    """
+    running: Iterable[asyncio.Task[None]] = tasks
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=1.0)
 
 
 async def check(client: Redis) -> None:

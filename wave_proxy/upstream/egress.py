@@ -21,8 +21,10 @@ from wave_proxy import __version__
 from wave_proxy.errors import (
     AddressRefused,
     HostUnknown,
+    Offline,
     TooManyRequests,
     UpstreamError,
+    UpstreamFailing,
     UpstreamTimeout,
     UpstreamUnavailable,
     WaveError,
@@ -35,6 +37,11 @@ MAX_REDIRECTS = 5
 
 # aiohttp stops reading from the socket at twice this: enough to keep a fast line busy while a chunk is written to disk.
 READ_BUFFER_BYTES = 1 << 20
+
+# Each piece of a blob costs a change of threads and wakes who reads along.
+_GATHER_BYTES = 256 << 10
+_GATHER_PAUSE_S = 0.001
+_GATHER_PAUSES = 4
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ERROR_BYTES = 64 << 10
@@ -203,7 +210,8 @@ class Egress:
     """Requests to the configured registries and to whatever they point at. Belongs to one event loop.
 
     Timeouts are seconds: ``connect`` covers DNS and TLS, ``response`` the wait for an answer's head, ``idle`` the pause
-    between two reads of its body. Raises OSError when a ``ca_file`` can't be read or holds no certificate.
+    between two reads of its body. With ``offline`` no connection is opened: every
+    request raises Offline. Raises OSError when a ``ca_file`` can't be read or holds no certificate.
     """
 
     def __init__(
@@ -213,7 +221,9 @@ class Egress:
         connect_timeout_s: float = 10.0,
         response_timeout_s: float = 30.0,
         idle_timeout_s: float = 30.0,
+        offline: bool = False,
     ) -> None:
+        self._offline = offline
         self._endpoints = dict(endpoints)
         self._by_place: dict[tuple[str, int], Endpoint] = {}
         for endpoint in self._endpoints.values():
@@ -282,6 +292,11 @@ class Egress:
     async def _hop(
         self, method: str, url: URL, headers: Mapping[str, str], endpoint: Endpoint | None
     ) -> aiohttp.ClientResponse:
+        if self._offline:
+            raise Offline(
+                f"this proxy is offline ([upstream] offline = true): {authority_of(url)} is not asked "
+                "for what is not stored here"
+            )
         there = self._endpoint_at(url, endpoint)
         policy = _Policy(there.allow_private, there.ca_file, there.proxy) if there else _Policy()
         sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
@@ -359,13 +374,16 @@ class Egress:
             return UpstreamError(f"the answer of {host} is not HTTP as we know it: {clip(reason)}")
         return UpstreamUnavailable(f"no answer from {host}: {reason}")
 
-    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, response: aiohttp.ClientResponse, *, gather: bool = False) -> AsyncGenerator[bytes, None]:
         """The body as it arrives. The caller closes the response.
 
+        With ``gather`` the pieces behind the first are large, or some milliseconds apart.
         Raises UpstreamUnavailable when it breaks off, UpstreamTimeout when nothing comes for the idle timeout.
         """
         try:
-            async for chunk in response.content.iter_any():
+            if chunk := await response.content.readany():
+                yield chunk
+            while chunk := await (_gathered(response.content) if gather else response.content.readany()):
                 yield chunk
         except TimeoutError as err:
             host = authority_of(response.url)
@@ -414,14 +432,14 @@ class Egress:
         return status
 
     async def failure(self, response: aiohttp.ClientResponse, what: str) -> WaveError:
-        """The error for an answer that is none: TooManyRequests, UpstreamUnavailable (5xx) or UpstreamError."""
+        """The error for an answer that is none: TooManyRequests, UpstreamFailing (5xx) or UpstreamError."""
         host = authority_of(response.url)
         wait_s = retry_after_s(response.headers.get("Retry-After", ""), time())
         said = await self.explain(response)
         if response.status == 429:
             return TooManyRequests(f"{host} limits requests, {what} has to wait ({said})", wait_s)
         if response.status >= 500:
-            return UpstreamUnavailable(f"{host} fails to give {what} ({said})")
+            return UpstreamFailing(f"{host} fails to give {what} ({said})")
         return UpstreamError(f"{host} does not give {what} ({said})")
 
     async def close(self) -> None:
@@ -430,6 +448,18 @@ class Egress:
         self._sessions.clear()
         for session in sessions:
             await session.close()
+
+
+async def _gathered(content: aiohttp.StreamReader) -> bytes:
+    """The next bytes; when they are few, with what follows at once. Empty at the end. Raises as ``readany``."""
+    chunk = await content.readany()
+    for _ in range(_GATHER_PAUSES):
+        if len(chunk) >= _GATHER_BYTES or content.is_eof() or content.exception() is not None:
+            break
+        await asyncio.sleep(_GATHER_PAUSE_S)
+        if content.exception() is None:  # else the next call raises it: what came before is not lost
+            chunk += content.read_nowait()
+    return chunk
 
 
 def _trust(ca_file: str) -> ssl.SSLContext:

@@ -2,10 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from re import compile as compile_pattern
+from functools import partial
+from time import monotonic
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -20,12 +21,12 @@ from wave_proxy.errors import (
     HostUnknown,
     ManifestUnknown,
     NameUnknown,
+    Offline,
     TooManyRequests,
     UpstreamError,
     UpstreamTimeout,
     UpstreamUnavailable,
     WaveError,
-    clip,
 )
 from wave_proxy.image.oci import (
     ACCEPT_MANIFESTS,
@@ -40,8 +41,12 @@ from wave_proxy.image.oci import (
     sniff_media_type,
 )
 from wave_proxy.upstream.bearer import BearerTokens, Challenge, basic_authorization, choose_challenge
+from wave_proxy.upstream.breaker import Breakers
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, origin_of, parse_url
+from wave_proxy.upstream.limits import Limits
+from wave_proxy.upstream.stats import UpstreamStats
+from wave_proxy.upstream.transfer import BlobStream, Transfers, Wanted
 
 T = TypeVar("T")
 
@@ -50,9 +55,9 @@ MAX_TAGS_BYTES = 16 << 20
 _MAX_CHALLENGES = 1024
 _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 5.0
+_RETRY_WITHIN_S = 15.0  # clients give up after 30 s without an answer
 
 _OK = frozenset({200})
-_OK_OR_PART = frozenset({200, 206})
 # 403 is what object stores say to a HEAD with a link that was signed for GET.
 _HEAD_OR_REFUSED = frozenset({200, 400, 403, 405, 501})
 
@@ -60,8 +65,6 @@ _HEAD_OR_REFUSED = frozenset({200, 400, 403, 405, 501})
 _GENERIC = frozenset({"", "text/plain", "text/html", "application/json", "application/octet-stream"})
 # Their digest is that of the document without its signatures.
 _SIGNED_TYPES = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
-
-_CONTENT_RANGE = compile_pattern(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +83,6 @@ class FetchedManifest:
     content: bytes
     media_type: str
     digest: str
-
-
-@dataclass(slots=True)
-class BlobStream:
-    """A blob on its way: size of the whole blob (None when upstream does not tell), offset where the chunks start."""
-
-    size: int | None
-    start: int
-    chunks: AsyncIterator[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +111,29 @@ class _Subject:
 class Registry:
     """Reads from all upstream registries. Failures that look temporary are tried ``attempts`` times in all.
 
+    A registry that is not well is left alone for a while, see ``breaker``: requests then fail at once.
     Every method raises Denied (or AddressRefused), TooManyRequests, UpstreamError, UpstreamUnavailable and
     UpstreamTimeout, besides what it names itself.
     """
 
-    def __init__(self, egress: Egress, credentials: Credentials, *, attempts: int = 4) -> None:
+    def __init__(
+        self,
+        egress: Egress,
+        credentials: Credentials,
+        *,
+        attempts: int = 4,
+        limits: Limits | None = None,
+        parallel: int = 1,
+    ) -> None:
         self._egress = egress
         self._credentials = credentials
         self._attempts = attempts
         self._bearers = BearerTokens(egress)
         self._challenges: dict[str, Challenge] = {}  # by endpoint URL: the next request need not ask first
+        self.stats = UpstreamStats()
+        self._breakers = Breakers()
+        self._limits = limits or Limits()
+        self._transfers = Transfers(egress, self._retried, self._limits, parallel)
 
     async def close(self) -> None:
         """End what still runs in the background. The egress is the caller's."""
@@ -140,8 +147,7 @@ class Registry:
         Raises ManifestUnknown, DigestInvalid.
         """
         subject = self._manifest(registry, repository, reference)
-        response = await self._open("HEAD", subject, {"Accept": ACCEPT_MANIFESTS}, _HEAD_OR_REFUSED)
-        response.release()
+        response = await self._head(subject, {"Accept": ACCEPT_MANIFESTS})
         head = _read_head(response, reference)
         if head is None:
             manifest = await self.fetch_manifest(registry, repository, reference)
@@ -154,12 +160,12 @@ class Registry:
         Raises ManifestUnknown, DigestInvalid, DigestMismatch.
         """
         subject = self._manifest(registry, repository, reference)
-        return await self._retried(lambda: self._read_manifest(subject, reference))
+        async with self._limits.slot(registry):
+            return await self._retried(registry, subject.name, lambda: self._read_manifest(subject, reference))
 
     async def head_blob(self, registry: str, repository: str, digest: str) -> int | None:
         """Size of a blob in bytes, None when upstream does not tell. Raises BlobUnknown."""
-        response = await self._open("HEAD", self._blob(registry, repository, digest), {}, _HEAD_OR_REFUSED)
-        response.release()
+        response = await self._head(self._blob(registry, repository, digest), {})
         if response.status == 200:
             return response.content_length
         async with self.open_blob(registry, repository, digest) as stream:
@@ -175,19 +181,20 @@ class Registry:
         bytes than announced are handed on.
         """
         subject = self._blob(registry, repository, digest)
-        headers = _range_headers(start, size)
-        return self._stream(lambda: self._ask("GET", subject, headers, _OK_OR_PART), start, size, subject.name)
+        return self._transfers.open(Wanted(registry, subject.name, partial(self._ask, "GET", subject), start, size))
 
     def open_url(self, url: str, *, start: int = 0, size: int | None = None) -> AbstractAsyncContextManager[BlobStream]:
         """The same for an http(s) address that a user gave; never with credentials. Raises BlobUnknown on entry."""
-        return self._stream(lambda: self._ask_url(url, _range_headers(start, size)), start, size, _shown(url))
+        place = str(parse_url(url).origin())
+        return self._transfers.open(Wanted(place, _shown(url), partial(self._ask_url, url), start, size))
 
     async def fetch_tags(self, registry: str, repository: str, query: str) -> TagsPage:
         """One page of the tags list; ``query`` is the client's query string, without ``?``. Raises NameUnknown."""
         path = f"tags/list?{quote(query, safe='%=&+,:;/@~')}" if query else "tags/list"
         name = f"{registry}/{repository}"
         subject = _Subject(self._egress.endpoint(registry), repository, path, name, NameUnknown)
-        return await self._retried(lambda: self._read_tags(subject))
+        async with self._limits.slot(registry):
+            return await self._retried(registry, f"tags of {name}", lambda: self._read_tags(subject))
 
     # --- reading answers -----------------------------------------------------------------------------------------
 
@@ -228,46 +235,39 @@ class Registry:
         read_json_object(content, f"tags of {subject.name}")
         return TagsPage(content, link)
 
-    @asynccontextmanager
-    async def _stream(
-        self, ask: Callable[[], Awaitable[ClientResponse]], start: int, size: int | None, name: str
-    ) -> AsyncIterator[BlobStream]:
-        response = await self._retried(ask)
-        try:
-            first, total = _placed(response, start, size, name)
-            end = total if size is None else size
-            async with aclosing(self._counted(response, None if end is None else end - first, name)) as chunks:
-                yield BlobStream(total, first, chunks)
-        finally:
-            response.close()
-
-    async def _counted(self, response: ClientResponse, expected: int | None, name: str) -> AsyncGenerator[bytes, None]:
-        seen = 0
-        async with aclosing(self._egress.chunks(response)) as chunks:
-            async for chunk in chunks:
-                seen += len(chunk)
-                yield chunk
-        if expected is not None and seen < expected:
-            raise UpstreamUnavailable(f"{name} ended after {seen} of {expected} bytes")
-
     # --- asking --------------------------------------------------------------------------------------------------
 
-    async def _open(
-        self, method: str, subject: _Subject, headers: dict[str, str], wanted: frozenset[int]
-    ) -> ClientResponse:
-        return await self._retried(lambda: self._ask(method, subject, headers, wanted))
+    async def _head(self, subject: _Subject, headers: dict[str, str]) -> ClientResponse:
+        """The answer to a HEAD, given back."""
+        ask = partial(self._ask, "HEAD", subject, headers, _HEAD_OR_REFUSED)
+        async with self._limits.slot(subject.endpoint.registry):
+            response = await self._retried(subject.endpoint.registry, subject.name, ask)
+            response.release()
+        return response
 
-    async def _retried(self, operation: Callable[[], Awaitable[T]]) -> T:
-        attempt = 1
+    async def _retried(self, place: str, about: str, operation: Callable[[], Awaitable[T]]) -> T:
+        """What ``operation`` brings, tried again where that may help; fails at once while ``place`` is left alone."""
+        began, attempt = monotonic(), 1
         while True:
+            trial = self._breakers.admit(place, monotonic())
             try:
-                return await operation()
-            except (UpstreamUnavailable, UpstreamTimeout, TooManyRequests) as err:
-                pause_s = _pause_s(err, attempt)
-                if pause_s is None or attempt >= self._attempts:
+                result = await operation()
+            except BaseException as err:
+                no_more = trial or attempt >= self._attempts or monotonic() - began > _RETRY_WITHIN_S
+                pause_s = None if no_more or self._breakers.is_open(place) else _pause_s(err, attempt)
+                if pause_s is None:
+                    self._settle(place, about, err, trial)
                     raise
+            else:
+                self._settle(place, about, None, trial)
+                return result
+            self.stats.retried(place.rpartition("/")[2])
             await asyncio.sleep(pause_s)
             attempt += 1
+
+    def _settle(self, place: str, about: str, err: BaseException | None, trial: bool) -> None:
+        spread = random.uniform(1.0, 1.25)  # noqa: S311 - spreads retries, hides nothing
+        self._breakers.settle(place, about, err, monotonic(), trial=trial, spread=spread)
 
     async def _ask(
         self, method: str, subject: _Subject, headers: dict[str, str], wanted: frozenset[int]
@@ -283,9 +283,9 @@ class Registry:
             raise subject.missing(f"repository {subject.name!r} not found")
         raise await self._egress.failure(response, subject.name)
 
-    async def _ask_url(self, url: str, headers: dict[str, str]) -> ClientResponse:
-        response = await self._egress.follow("GET", url, headers=headers)
-        if response.status in _OK_OR_PART:
+    async def _ask_url(self, url: str, headers: dict[str, str], wanted: frozenset[int]) -> ClientResponse:
+        response = await self._follow("GET", url, headers, authority_of(parse_url(url)))
+        if response.status in wanted:
             return response
         if response.status in (404, 410):
             response.release()
@@ -327,7 +327,19 @@ class Registry:
         self, method: str, subject: _Subject, headers: dict[str, str], authorization: str
     ) -> ClientResponse:
         sent = {**headers, "Authorization": authorization} if authorization else headers
-        return await self._egress.follow(method, subject.url, headers=sent, endpoint=subject.endpoint)
+        return await self._follow(method, subject.url, sent, subject.endpoint.registry, subject.endpoint)
+
+    async def _follow(
+        self, method: str, url: str, headers: dict[str, str], registry: str, endpoint: Endpoint | None = None
+    ) -> ClientResponse:
+        self.stats.sent(registry)
+        try:
+            response = await self._egress.follow(method, url, headers=headers, endpoint=endpoint)
+        except WaveError:
+            self.stats.failed(registry)
+            raise
+        self.stats.answered(registry, response.status, response.headers)
+        return response
 
     async def _authorization(self, subject: _Subject, challenge: Challenge | None, stale: str = "") -> str:
         if challenge is None:
@@ -360,8 +372,10 @@ class Registry:
         )
 
 
-def _pause_s(err: WaveError, attempt: int) -> float | None:
+def _pause_s(err: BaseException, attempt: int) -> float | None:
     """How long to wait before the next attempt; None when there must not be one."""
+    if not isinstance(err, UpstreamUnavailable | UpstreamTimeout | TooManyRequests) or isinstance(err, Offline):
+        return None
     if isinstance(err, TooManyRequests):
         wait_s = err.retry_after_s
         return wait_s if wait_s is not None and wait_s <= _MAX_PAUSE_S else None
@@ -397,25 +411,6 @@ def _read_head(response: ClientResponse, reference: str) -> ManifestHead | None:
     if response.status != 200 or media_type in _GENERIC or size is None or not _is_digest(digest):
         return None
     return ManifestHead(digest, media_type, size)
-
-
-def _range_headers(start: int, size: int | None) -> dict[str, str]:
-    """A closed Range where the end is known: some object stores answer an open one with everything."""
-    return {"Range": f"bytes={start}-{'' if size is None else size - 1}"} if start else {}
-
-
-def _placed(response: ClientResponse, start: int, size: int | None, name: str) -> tuple[int, int | None]:
-    """Offset of the answer's first byte, size of the whole blob. Raises UpstreamError for a part not asked for."""
-    if response.status == 200:
-        return 0, response.content_length
-    given = response.headers.get("Content-Range", "")
-    match = _CONTENT_RANGE.fullmatch(given)
-    if match is None or start == 0 or int(match[1]) != start:
-        raise UpstreamError(f"{authority_of(response.url)} sent {clip(given)} of {name}, asked for byte {start} and on")
-    total = None if match[3] == "*" else int(match[3])
-    if total is not None and size is not None and total != size:
-        raise UpstreamError(f"{authority_of(response.url)} says that {name} has {total} bytes, expected {size}")
-    return start, total
 
 
 def _shown(url: str) -> str:

@@ -1,4 +1,4 @@
-"""From the configuration's registry tables, as plain values, to endpoints and logins."""
+"""From the configuration's registry tables, as plain values, to endpoints, logins and limits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Protocol
 
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Endpoint, endpoint_for
+from wave_proxy.upstream.limits import Limit, Limits
 
 
 class RegistryTable(Protocol):
@@ -23,6 +24,10 @@ class RegistryTable(Protocol):
     def ca_file(self) -> Path | None: ...
     @property
     def proxy(self) -> str: ...
+    @property
+    def max_connections(self) -> int | None: ...
+    @property
+    def max_bytes_per_second(self) -> int | None: ...
     def read_password(self) -> str:
         """The password, from wherever the table says it is. Raises OSError when its file can't be read."""
 
@@ -47,3 +52,12 @@ def read_credentials(tables: Mapping[str, RegistryTable]) -> Credentials:
     return Credentials(
         {host: Login(table.username, table.read_password()) for host, table in tables.items() if table.username}
     )
+
+
+def read_limits(tables: Mapping[str, RegistryTable], max_connections: int | None, workers: int) -> Limits:
+    """One worker's part of the registries' limits; ``max_connections`` is for those that say nothing of their own."""
+    limits = {
+        host: Limit(table.max_connections or max_connections, table.max_bytes_per_second).share(workers)
+        for host, table in tables.items()
+    }
+    return Limits(limits, Limit(max_connections).share(workers))
