@@ -87,7 +87,7 @@ async def port(
         stack.push_async_callback(augmenter.close)
         stack.push_async_callback(resolver.close)
         layers = Layers(one.repositories, one.registry, one.blobs, tokens)
-        puller = Puller(resolver, one.repositories, augmenter, layers, one.registry, tokens, quotas, usage)
+        puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage)
         forwarder = Forwarder(unix_session(str(root / "no-api.sock"), limit=1))
         stack.push_async_callback(forwarder.close)
         background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]

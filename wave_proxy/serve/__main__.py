@@ -136,7 +136,6 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
         repositories,
         augmenter,
         layers,
-        registry,
         tokens,
         quotas,
         usage,

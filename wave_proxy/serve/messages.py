@@ -68,7 +68,7 @@ class Terms:
     """On which terms a reply may be given again to whoever asks for the same.
 
     ``until`` is an instant of the monotonic clock; ``token`` is empty for the direct form; ``kind`` and ``state`` are
-    what it counts as. ``confirmed`` (epoch seconds) is what its Age counts from, None when it has no Age. With
+    what it counts as. ``confirmed`` (epoch seconds) is what its Age counts from, None when that stays as it is. With
     ``is_pull`` each time is a pull of that user, or of the client's address when there is no ``email``.
     """
 

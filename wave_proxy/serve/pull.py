@@ -25,13 +25,13 @@ from wave_proxy.serve.route import Route, parse_route
 from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
-from wave_proxy.upstream.registry import Registry
 
 _log = structlog.get_logger()
 
 API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 _IMMUTABLE = ("Cache-Control", "max-age=31536000, immutable")
+_NO_AGE = ("Age", "0")  # what a digest names can't get old
 _RECORDED = 100_000
 _READY_S = 60.0  # so long a reply may be given again without a look at where it came from
 _READY_BYTES = 64 << 10
@@ -50,8 +50,9 @@ class _Found:
     confirmed: float | None = None
     until: float | None = None
 
-    def age_header(self) -> list[tuple[str, str]]:
-        return [] if self.confirmed is None else [("Age", str(age_s(self.confirmed, time())))]
+    @property
+    def age_s(self) -> int:
+        return 0 if self.confirmed is None else age_s(self.confirmed, time())
 
 
 class Puller:
@@ -63,7 +64,6 @@ class Puller:
         repositories: Repositories,
         augmenter: Augmenter,
         layers: Layers,
-        registry: Registry,
         tokens: TokenStore,
         quotas: Quotas,
         usage: Usage,
@@ -72,7 +72,6 @@ class Puller:
         self._repositories = repositories
         self._augmenter = augmenter
         self._layers = layers
-        self._registry = registry
         self._tokens = tokens
         self._quotas = quotas
         self._usage = usage
@@ -107,7 +106,7 @@ class Puller:
             ("ETag", f'"{manifest.digest}"'),
             API_VERSION,
             ("X-Cache", found.state),
-            *found.age_header(),
+            ("Age", str(found.age_s)),
         ]
         return Reply(200, headers, manifest.content, terms=self._terms(found, target, is_pull=is_pull))
 
@@ -277,6 +276,7 @@ def _blob_headers(digest: str, state: CacheState) -> list[tuple[str, str]]:
         _IMMUTABLE,
         API_VERSION,
         ("X-Cache", state),
+        _NO_AGE,
     ]
 
 

@@ -27,7 +27,7 @@ class _Ready:
     """A reply as it is kept; what it counts is counted in the cells of its kind."""
 
     terms: Terms
-    reply: Reply  # with the state of a warm answer, and without an Age
+    reply: Reply  # with the state of a warm answer, and without an Age that grows
     body: bytes
     length: int | None
     until: float
@@ -113,7 +113,8 @@ class ReadyReplies:
 
     def _make(self, request: Request, reply: Reply, terms: Terms) -> _Ready:
         subject = subject_of("pull", terms.email, "") if terms.email else None
-        headers = [(name, value) for name, value in reply.headers if name not in ("Age", "X-Cache")]
+        changing = {"X-Cache"} if terms.confirmed is None else {"X-Cache", "Age"}
+        headers = [(name, value) for name, value in reply.headers if name not in changing]
         return _Ready(
             terms,
             replace(reply, headers=[*headers, ("X-Cache", terms.state.upper())]),
