@@ -14,6 +14,7 @@ from bench.upstream import Upstream
 from tests.cached import until
 from tests.pulling import Port, error_of, port
 from tests.servers import http_request
+from wave_proxy.cache.tags import TagAnswer
 from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig
 from wave_proxy.serve import ready
@@ -158,6 +159,35 @@ async def test_a_deleted_token_is_answered_no_more(upstream: Start, tmp_path: Pa
         assert (await one.get(path))[0] == 404
 
 
+async def test_a_token_deleted_while_it_is_answered(
+    upstream: Start, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serving(upstream)
+    async with port(tmp_path, redis_url, server) as place, client(place) as one:
+        token, other = [await place.submit(f"{server.address}/{REPOSITORY}:1.0") for _ in range(2)]
+        path = f"/v2/{token}/{REPOSITORY}/manifests/1.0"
+        find_tag, asked, go_on = place.worker.repositories.find_tag, asyncio.Event(), asyncio.Event()
+
+        async def find_slowly(*name: str) -> TagAnswer:
+            answer = await find_tag(*name)
+            asked.set()
+            await go_on.wait()
+            return answer
+
+        monkeypatch.setattr(place.worker.repositories, "find_tag", find_slowly)
+        async with client(place) as slow:
+            slow.send(head(path))
+            await asked.wait()
+            assert await place.tokens.delete(token.removeprefix("wt/"))
+            async with asyncio.timeout(10):
+                while (await one.get(f"/v2/{token}/{REPOSITORY}/blobs/{SMALL.digest}"))[0] != 404:
+                    await asyncio.sleep(0.01)  # the worker has not heard of it
+            go_on.set()
+            assert (await slow.read())[0] == 200
+        assert (await one.get(path))[0] == 404
+        assert (await one.get(path.replace(token, other)))[0] == 200
+
+
 async def test_a_token_ends_in_time(upstream: Start, tmp_path: Path, redis_url: str) -> None:
     server = serving(upstream)
     async with port(tmp_path, redis_url, server) as place, client(place) as one:
@@ -209,6 +239,37 @@ async def test_requests_in_pieces_and_in_a_row(upstream: Start, tmp_path: Path, 
         assert (await one.read())[2] == TOOL.manifest
         assert (await one.read())[0] == 400
         assert await one.is_closed()
+
+
+@pytest.mark.parametrize("reference", ["1.0", "none"], ids=["warm", "cold"])
+async def test_half_a_request_behind_a_whole_one(
+    upstream: Start, tmp_path: Path, redis_url: str, reference: str
+) -> None:
+    server = serving(upstream)
+    missing, known = manifest_path(server, "none"), head(manifest_path(server))
+    async with port(tmp_path, redis_url, server) as place, client(place) as one:
+        for _ in range(3):
+            await one.get(manifest_path(server))
+        one.send(head(manifest_path(server, reference)) + f"GET {missing} HTTP/1.1\r\nX-Note: ".encode())
+        assert (await one.read())[0] == (200 if reference == "1.0" else 404)
+        one.send(known)  # a note, and the end of the other's head
+        assert (await one.read())[0] == 404
+        one.send(known)
+        assert (await one.read())[2] == TOOL.manifest
+
+
+async def test_what_follows_a_wish_to_upgrade_is_answered_each_time(
+    upstream: Start, tmp_path: Path, redis_url: str
+) -> None:
+    server = serving(upstream)
+    path = manifest_path(server)
+    async with port(tmp_path, redis_url, server) as place, client(place) as one:
+        for _ in range(3):
+            await one.get(path)
+        for _ in range(3):
+            one.send(head(path, "Connection: upgrade\r\nUpgrade: h2c\r\n") + head(path))
+            async with asyncio.timeout(10):
+                assert [(await one.read())[2] for _ in range(2)] == [TOOL.manifest] * 2
 
 
 async def test_a_body_is_no_part_of_what_is_remembered(upstream: Start, tmp_path: Path, redis_url: str) -> None:
@@ -336,7 +397,7 @@ async def test_memory_is_bounded(redis_url: str, monkeypatch: pytest.MonkeyPatch
     async with replies(redis_url) as kept:
         for number in range(1000):
             request, reply = asked(number, token=f"{number:032x}")
-            kept.keep(request, reply)
+            kept.keep(request, reply, kept.endings)
             wire = kept.answer(request)
             assert wire is not None
             assert wire.content.endswith(b"x" * 1000)
@@ -349,10 +410,40 @@ async def test_memory_is_bounded(redis_url: str, monkeypatch: pytest.MonkeyPatch
         assert (kept._bytes, kept._replies, kept._by_token) == (0, {}, {})
 
 
+async def test_what_was_dropped_is_kept_alive_by_nothing(redis_url: str) -> None:
+    async with replies(redis_url) as kept:
+        request, reply = asked(1, token="a" * 32)
+        kept.keep(request, reply, kept.endings)
+        wire = kept.answer(request)
+        assert wire is not None
+        kept.remember(b"the same bytes", wire)
+        kept.forget_token("a" * 32)
+        assert (wire.content, wire.ready.body, wire.ready.reply.body) == (b"", b"", b"")
+
+
+async def test_long_targets_and_bodies_that_are_not_sent_take_no_more_memory(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ready, "_REPLIES_BYTES", 100_000)
+    async with replies(redis_url) as kept:
+        for number in range(100):
+            request, reply = asked(number)
+            request.target += "?" + "x" * 40_000
+            kept.keep(request, reply, kept.endings)
+        assert len(kept._replies) == 2
+        request, reply = asked(1, body=b"x" * 60_000)
+        request.method = "HEAD"
+        kept.keep(request, reply, kept.endings)
+        wire = kept.answer(request)
+        assert wire is not None
+        assert b"\r\nContent-Length: 60000\r\n" in wire.content
+        assert (wire.ready.body, wire.ready.reply.body) == (b"", b"")
+
+
 async def test_what_was_dropped_is_not_found_by_its_bytes(redis_url: str) -> None:
     async with replies(redis_url) as kept:
         request, reply = asked(1, token="a" * 32)
-        kept.keep(request, reply)
+        kept.keep(request, reply, kept.endings)
         wire = kept.answer(request)
         assert wire is not None
         kept.remember(b"the same bytes", wire)
@@ -372,7 +463,7 @@ async def test_a_date_is_not_older_than_a_second(redis_url: str, monkeypatch: py
         request, reply = asked(1)
         assert reply.terms is not None
         reply.terms = Terms(until=2000.0, token="", kind="manifest", state="hit", confirmed=990.0)
-        kept.keep(request, reply)
+        kept.keep(request, reply, kept.endings)
         ages = []
         for seconds in (0, 0.5, 1.0, 5.0):
             now["now"] = 1000.0 + seconds

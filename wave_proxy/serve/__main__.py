@@ -50,6 +50,8 @@ from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits
 
+_UNSENT_BYTES = 1 << 18  # of a connection, before it takes no more
+
 
 def main() -> None:
     """Serve until SIGTERM."""
@@ -186,6 +188,9 @@ def _listening_sockets(host: str, port: int) -> list[socket.socket]:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Connections inherit it. Without it the kernel holds megabytes for each slow reader, and a thousand of them
+        # leave none for the others.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:

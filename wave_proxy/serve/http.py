@@ -242,6 +242,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
+            self._answered = None  # what followed is parsed by another parser, and not counted here
         except httptools.HttpParserError as err:
             self._refuse(400, f"not a request in HTTP/1.1: {err}")
         else:
@@ -272,6 +273,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._begun += 1
+        self._head_bytes = max(self._head_bytes, 1)  # it may begin behind another one, in the same data
         self._target = b""
         self._headers = []
 
@@ -362,6 +364,7 @@ class Connection(asyncio.Protocol):
 
     async def _answer(self, request: Request) -> bool:
         """Answer one request; whether the connection can go on with the next."""
+        endings = self._ready.endings if self._ready is not None else 0
         if request.malformed:
             status, _, message = request.malformed.partition(" ")
             reply = Reply(int(status), [("Content-Type", "text/plain")], message.encode() + b"\n", close=True)
@@ -370,7 +373,7 @@ class Connection(asyncio.Protocol):
         try:
             goes_on = await self._send(request, reply)
             if self._ready is not None and reply.terms is not None:
-                self._ready.keep(request, reply)
+                self._ready.keep(request, reply, endings)
             return goes_on
         finally:
             if isinstance(reply.body, FileBody):

@@ -27,18 +27,23 @@ class _Ready:
     """A reply as it is kept; what it counts is counted in the cells of its kind."""
 
     terms: Terms
-    reply: Reply  # with the state of a warm answer, and without an Age that grows
+    reply: Reply  # its head: with the state of a warm answer, and without an Age that grows
     body: bytes
     length: int | None
+    size: int  # in memory
     until: float
     subject: Subject | None
     cell: Cell | None
     seconds: Histogram
     wires: "dict[bool, Wire]" = field(default_factory=dict)
 
-    @property
-    def size(self) -> int:
-        return 3 * len(self.body) + 2 * _OVERHEAD_BYTES  # itself and two wires
+    def end(self) -> None:
+        """Never answer again. Remembered requests may still lead here, and must not keep the content alive."""
+        self.until = 0.0
+        self.body = b""
+        for wire in self.wires.values():
+            wire.content = b""
+        self.wires.clear()
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +68,7 @@ class ReadyReplies:
         self._by_token: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
         self._requests: dict[bytes, Wire] = {}
         self._requests_bytes = 0
+        self.endings = 0  # of tokens: see keep()
 
     def answer_bytes(self, data: bytes, client: str) -> Wire | None:
         """The answer to what a client has sent, if it is one whole request that was answered before."""
@@ -87,10 +93,16 @@ class ReadyReplies:
                 self._requests_bytes = len(data) + _OVERHEAD_BYTES
         self._requests[data] = wire
 
-    def keep(self, request: Request, reply: Reply) -> None:
-        """Keep a reply that says on which terms it may be given again."""
+    def keep(self, request: Request, reply: Reply, endings: int) -> None:
+        """Keep a reply that says on which terms it may be given again.
+
+        ``endings`` is what that counter said before the request's token was looked up: the token of a request that
+        took longer may have ended meanwhile.
+        """
         terms = reply.terms
         if terms is None or request.body.received or not isinstance(reply.body, bytes):
+            return
+        if terms.token and endings != self.endings:
             return
         key = request.method, request.target
         self._drop(key)
@@ -102,12 +114,14 @@ class ReadyReplies:
             self._drop(next(iter(self._replies)))
 
     def forget_token(self, token: str) -> None:
-        """Drop what was kept for a token."""
+        """Drop what was kept for a token, which has ended."""
+        self.endings += 1
         for key in list(self._by_token.get(token, ())):
             self._drop(key)
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop everything, as tokens may have ended."""
+        self.endings += 1
         for key in list(self._replies):
             self._drop(key)
 
@@ -115,11 +129,13 @@ class ReadyReplies:
         subject = subject_of("pull", terms.email, "") if terms.email else None
         changing = {"X-Cache"} if terms.confirmed is None else {"X-Cache", "Age"}
         headers = [(name, value) for name, value in reply.headers if name not in changing]
+        body = reply.body if request.method != "HEAD" and isinstance(reply.body, bytes) else b""
         return _Ready(
             terms,
-            replace(reply, headers=[*headers, ("X-Cache", terms.state.upper())]),
-            reply.body if request.method != "HEAD" and isinstance(reply.body, bytes) else b"",
+            replace(reply, headers=[*headers, ("X-Cache", terms.state.upper())], body=b""),
+            body,
             reply.content_length(),
+            3 * len(body) + len(request.target) + 2 * _OVERHEAD_BYTES,  # itself and two wires
             terms.until,
             subject,
             self._usage.cell(terms.email or None, terms.fusion) if terms.is_pull else None,
@@ -130,8 +146,7 @@ class ReadyReplies:
         ready = self._replies.pop(key, None)
         if ready is None:
             return
-        ready.until = 0.0  # remembered requests may still lead to it
-        ready.wires.clear()
+        ready.end()
         self._bytes -= ready.size
         keys = self._by_token.get(ready.terms.token)
         if keys is not None:

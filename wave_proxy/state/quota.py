@@ -269,12 +269,17 @@ class Quotas:
         self.stats = QuotaStats()
 
     def try_admit(self, subject: Subject) -> bool:
-        """Whether the request may go on: a permit is at hand and now used, or there is no limit. If not, ``admit``."""
+        """Whether the request may go on: a permit is at hand and now used, or none is needed. If not, ``admit``."""
         account = self._accounts.get(subject.key)
         if account is None:
             return self._limits.get((subject.kind, subject.identified)) is None
-        if account.ledger.take(monotonic()):
+        now = monotonic()
+        if account.ledger.take(now):
             self.stats.admitted += 1
+            return True
+        if self._down and self._open_when_down and account.ledger.delay(now, 0) == 0.0:
+            account.touched = now
+            self._pass_unleased(account, now)
             return True
         return False
 
