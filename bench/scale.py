@@ -22,7 +22,7 @@ _SPARE_FILES = 1000
 def connections(plan: Plan) -> Iterator[Result]:
     """10,000 open connections, 1,000 of them slow readers of a blob: fast clients beside them; memory of the worker."""
     find_program("wrk")
-    megabytes = 64
+    megabytes = plan.choose(256, 64)
     total, slow, notes = _affordable(10_000, 1000)
     config = '[http]\nidle_timeout = "1h"\n'  # those who are idle shall stay so
     with ExitStack() as stack:
