@@ -27,6 +27,7 @@ from wave_proxy.upstream import breaker as breaker_module
 from wave_proxy.upstream.breaker import FAILURES, FIRST_PAUSE_S, MAX_PAUSE_S, Breaker, Breakers
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress
+from wave_proxy.upstream.limits import Limit, Limits
 from wave_proxy.upstream.registry import Registry
 
 Start = Callable[..., Upstream]
@@ -39,7 +40,7 @@ NAME = "lib/tool"
 def opened(now: float = 0.0) -> Breaker:
     breaker = Breaker("quay.io")
     for _ in range(FAILURES):
-        assert breaker.admit(now) is False
+        assert breaker.admit("a:1", now) is False
         breaker.fail(DOWN, "a:1", now)
     return breaker
 
@@ -56,18 +57,18 @@ def test_opens_after_failures_in_a_row_and_says_why() -> None:
     with pytest.raises(
         UpstreamUnavailable, match=r"quay.io has failed.* another 4 s: quay.io did not answer"
     ) as caught:
-        breaker.admit(1.5)
+        breaker.admit("a:1", 1.5)
     assert caught.value.retry_after_s == 4
 
 
 def test_one_tries_while_the_others_are_told() -> None:
     breaker = opened()
-    assert breaker.admit(FIRST_PAUSE_S) is True
+    assert breaker.admit("a:1", FIRST_PAUSE_S) is True
     with pytest.raises(UpstreamUnavailable, match="while one request tries it again") as caught:
-        breaker.admit(FIRST_PAUSE_S)
+        breaker.admit("a:1", FIRST_PAUSE_S)
     assert caught.value.retry_after_s == 1
     breaker.succeed()
-    assert breaker.admit(FIRST_PAUSE_S) is False
+    assert breaker.admit("a:1", FIRST_PAUSE_S) is False
     assert not breaker.is_open
 
 
@@ -75,9 +76,9 @@ def test_each_vain_try_doubles_the_pause_up_to_a_limit() -> None:
     breaker, now = opened(), 0.0
     for pause_s in (5, 10, 20, 40, 60, 60):
         with pytest.raises(UpstreamUnavailable):
-            breaker.admit(now + pause_s - 0.1)
+            breaker.admit("a:1", now + pause_s - 0.1)
         now += pause_s
-        assert breaker.admit(now) is True
+        assert breaker.admit("a:1", now) is True
         breaker.fail(DOWN, "a:1", now, trial=True)
     assert now + MAX_PAUSE_S == breaker._until
     breaker.succeed()
@@ -89,9 +90,9 @@ def test_each_vain_try_doubles_the_pause_up_to_a_limit() -> None:
 
 def test_try_that_is_given_up_is_for_another() -> None:
     breaker = opened()
-    assert breaker.admit(6) is True
+    assert breaker.admit("a:1", 6) is True
     breaker.give_up()
-    assert breaker.admit(6) is True
+    assert breaker.admit("a:1", 6) is True
 
 
 def test_requests_that_went_out_before_say_nothing_new_when_they_fail() -> None:
@@ -99,10 +100,10 @@ def test_requests_that_went_out_before_say_nothing_new_when_they_fail() -> None:
     until = breaker._until
     breaker.fail(DOWN, "a:1", 4.9)
     assert breaker._until == until
-    assert breaker.admit(until) is True
+    assert breaker.admit("a:1", until) is True
     breaker.fail(DOWN, "a:1", until)
     with pytest.raises(UpstreamUnavailable, match="tries it again"):
-        breaker.admit(until)
+        breaker.admit("a:1", until)
 
 
 @pytest.mark.parametrize(("retry_after_s", "pause_s"), [(30, 30), (None, FIRST_PAUSE_S)])
@@ -110,9 +111,9 @@ def test_limit_opens_for_as_long_as_it_says(retry_after_s: int | None, pause_s: 
     breaker = Breaker("docker.io")
     breaker.fail(TooManyRequests("slow down", retry_after_s), "a:1", 100)
     with pytest.raises(TooManyRequests, match=f"docker.io limits requests .* {pause_s:g} s: slow down") as caught:
-        breaker.admit(100)
+        breaker.admit("a:1", 100)
     assert caught.value.retry_after_s == pause_s
-    assert breaker.admit(100 + pause_s) is True
+    assert breaker.admit("a:1", 100 + pause_s) is True
 
 
 def test_spread_stretches_the_pause() -> None:
@@ -129,6 +130,23 @@ def test_one_thing_that_always_fails_takes_nothing_else_away() -> None:
     for number in range(FAILURES - 1):
         breaker.fail(UpstreamFailing("500"), f"lib/other:{number}", 0)
     assert breaker.is_open
+
+
+def test_what_is_broken_lets_others_try_first() -> None:
+    breaker = Breaker("quay.io")
+    for number in range(FAILURES):
+        breaker.fail(UpstreamFailing("500"), f"lib/broken:{number}", 0)
+    for broken in ("lib/broken:0", "lib/broken:3", "lib/broken:3"):
+        now = breaker._until
+        if broken in breaker._failed:
+            with pytest.raises(UpstreamUnavailable, match="for another 5 s"):
+                breaker.admit(broken, now)
+            now += FIRST_PAUSE_S
+        assert breaker.admit(broken, now) is True  # nobody else came
+        breaker.fail(UpstreamFailing("500"), broken, now, trial=True)
+    with pytest.raises(UpstreamUnavailable):
+        breaker.admit("lib/broken:3", breaker._until)
+    assert breaker.admit("lib/tool:1", breaker._until) is True
 
 
 @pytest.mark.parametrize(
@@ -152,7 +170,7 @@ def test_what_is_about_one_thing_shows_a_registry_that_works(err: WaveError | No
     for _ in range(FAILURES):
         breakers.settle("quay.io", "a:1", DOWN, 0, trial=False, spread=1)
     assert breakers.is_open("quay.io")
-    assert breakers.admit("quay.io", 6) is True
+    assert breakers.admit("quay.io", "a:1", 6) is True
     breakers.settle("quay.io", "a:1", err, 6, trial=True, spread=1)
     assert not breakers.is_open("quay.io")
 
@@ -164,10 +182,10 @@ def test_what_is_no_answer_leaves_the_try_to_another(err: BaseException) -> None
     breakers = Breakers()
     for _ in range(FAILURES):
         breakers.settle("quay.io", "a:1", DOWN, 0, trial=False, spread=1)
-    assert breakers.admit("quay.io", 6) is True
+    assert breakers.admit("quay.io", "a:1", 6) is True
     breakers.settle("quay.io", "a:1", err, 6, trial=True, spread=1)
     assert breakers.is_open("quay.io")
-    assert breakers.admit("quay.io", 6) is True
+    assert breakers.admit("quay.io", "a:1", 6) is True
 
 
 def test_places_are_apart_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +193,7 @@ def test_places_are_apart_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     breakers = Breakers()
     for number in range(30):
         breakers.settle(f"host{number}", "a:1", TooManyRequests("429", 60), 0, trial=False, spread=1)
-    assert breakers.admit("quay.io", 0) is False
+    assert breakers.admit("quay.io", "a:1", 0) is False
     assert breakers.is_open("host29")
     assert len(breakers._breakers) == 10
 
@@ -252,6 +270,33 @@ async def test_no_retries_while_it_is_left_alone(upstream: Start) -> None:
         with pytest.raises((TooManyRequests, UpstreamUnavailable)):
             await asking
     assert len([request for request in server.log if "/manifests/" in request.path]) <= 2
+
+
+async def test_nobody_waits_for_the_connection_of_the_one_that_tries(
+    upstream: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker_module, "FIRST_PAUSE_S", 0.01)
+    server = serving(upstream)
+    async with registry_at(server, attempts=1) as registry:
+        registry._limits = Limits(default=Limit(connections=1))
+        server.faults.status = {"/manifests/": 429}
+        with pytest.raises(TooManyRequests):
+            await registry.fetch_manifest(server.address, NAME, "1.0")
+        server.faults.status, server.faults.only, server.faults.stall_at = {}, "/manifests/", -1
+        await asyncio.sleep(0.02)
+        trying = asyncio.create_task(registry.fetch_manifest(server.address, NAME, "1.0"))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            for ask in (
+                lambda: registry.fetch_manifest(server.address, NAME, "1.0"),
+                lambda: registry.head_manifest(server.address, NAME, "1.0"),
+                lambda: registry.fetch_tags(server.address, NAME, ""),
+            ):
+                with pytest.raises(TooManyRequests, match="while one request tries"):
+                    await ask()
+        assert not trying.done()
+        trying.cancel()
+        await asyncio.gather(trying, return_exceptions=True)
 
 
 async def test_missing_and_denied_things_leave_it_closed(upstream: Start) -> None:

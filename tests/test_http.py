@@ -294,6 +294,28 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
     assert answers == [f"/{number}" for number in range(count)]
 
 
+@pytest.mark.parametrize("extra", ["", "Connection: upgrade\r\nUpgrade: a\r\n"], ids=["plain", "upgrade"])
+@under_uvloop
+async def test_requests_that_came_at_once_do_not_all_wait_parsed(extra: str) -> None:
+    go_on, count = asyncio.Event(), 5000
+
+    async def held(request: Request) -> Reply:
+        await go_on.wait()
+        return await hello(request)
+
+    async with serving(held) as place:
+        reader, writer = await place.connect()
+        writer.write(b"".join(f"GET /{number} HTTP/1.1\r\n{extra}\r\n".encode() for number in range(count)))
+        async with asyncio.timeout(10):
+            while not place.server.connections or not next(iter(place.server.connections))._unparsed:
+                await asyncio.sleep(0.002)
+        assert len(next(iter(place.server.connections))._waiting) < 1000
+        go_on.set()
+        answers = [(await read_answer(reader)).headers["x-target"] for _ in range(count)]
+        writer.close()
+    assert answers == [f"/{number}" for number in range(count)]
+
+
 @under_uvloop
 async def test_pipelined_bodies_stay_apart() -> None:
     large = random_blob(MIB, seed=1)

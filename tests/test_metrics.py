@@ -118,6 +118,14 @@ def test_clients_cannot_make_names_without_end() -> None:
     assert stats.requests[OTHER] == stats.failures[OTHER] == 950
 
 
+def test_registries_that_are_configured_keep_their_names() -> None:
+    stats = UpstreamStats(named=frozenset({"docker.io"}))
+    for n in range(1000):
+        stats.sent(f"host-{n}")
+    stats.sent("docker.io")
+    assert stats.requests["docker.io"] == 1
+
+
 async def test_upstream_requests_are_counted(upstream: Registry) -> None:
     server = upstream(faults=Faults(status={"manifests": 503}, fail_times=1))
     server.add(REPOSITORY, image([layer({"a": "b"})]), "latest")

@@ -441,7 +441,7 @@ async def test_without_redis_leases_serve_first_and_then_requests_go_on_uncounte
             durable.stop()
             assert quotas.try_admit(ADA)
             assert await count(quotas, 300) == 300
-            assert all([quotas.try_admit(ADA) for _ in range(50)]), "without a wait, now that it is known"
+            assert all(quotas.try_admit(ADA) for _ in range(50)), "without a wait, now that it is known"
             used += 351
             assert events(logs, "no permits can be leased") == 1
             await durable.start()

@@ -1,9 +1,11 @@
 """Ready-made replies: a warm answer is the first one over again, is counted each time, and ends when it has to."""
 
 import asyncio
+import random
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from wave_proxy.cache.tags import TagAnswer
 from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig
 from wave_proxy.serve import ready
+from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.messages import Body, Reply, Request, Terms
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.stats import RequestStats
@@ -272,6 +275,58 @@ async def test_what_follows_a_wish_to_upgrade_is_answered_each_time(
                 assert [(await one.read())[2] for _ in range(2)] == [TOOL.manifest] * 2
 
 
+@pytest.mark.parametrize("seed", range(8))
+async def test_however_requests_are_cut_up_each_gets_its_answer(redis_url: str, seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def answering(request: Request) -> Reply:
+        size = sum([len(chunk) async for chunk in request.body.chunks()])
+        await asyncio.sleep(chance.choice((0, 0.001)))
+        terms = Terms(until=float("inf"), token="", kind="manifest", state="hit") if size == 0 else None
+        return Reply(200, [], f"{request.method} {request.target} {size}".encode(), terms=terms)
+
+    async with replies(redis_url) as kept:
+        server = Server(answering, Limits(), ready=kept)
+        listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        for _ in range(30):
+            requests, wanted = zip(*(_some_request(chance) for _ in range(6)), strict=True)
+            sent = b"".join(requests)
+            ends = [match.end() for match in re.finditer(rb"\r\n\r\n|(?=GET /)", sent)]
+            cuts = sorted({*chance.sample(ends, len(ends) // 2), *chance.sample(range(len(sent)), 2), len(sent)})
+            for begin, end in pairwise([0, *cuts]):
+                writer.write(sent[begin:end])
+                await asyncio.sleep(chance.choice((0, 0.002)))
+            for body in wanted:
+                async with asyncio.timeout(10):
+                    answer = await reader.readuntil(b"\r\n\r\n")
+                    assert await reader.readexactly(len(body)) == body
+                assert answer.startswith(b"HTTP/1.1 200 ")
+        writer.close()
+        listener.close()
+        await server.shut_down(grace_s=1)
+        assert kept._requests
+
+
+def _some_request(chance: random.Random) -> tuple[bytes, bytes]:
+    """A request, and the body of its answer; it may hold another one that is well known."""
+    path = f"/{chance.randrange(3)}"
+    known = head(f"/{chance.randrange(3)}")
+    upgrade = "Connection: upgrade\r\nUpgrade: h2c\r\n" if chance.random() < 0.2 else ""
+    match chance.randrange(5):
+        case 0:
+            return head(path, upgrade)[:-2] + b"X-Note: " + known, f"GET {path} 0".encode()
+        case 1:
+            sized = f"{upgrade}Content-Length: {len(known)}\r\n"
+            return head(path, sized, method="POST") + known, f"POST {path} {len(known)}".encode()
+        case 2:
+            chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(known), known)
+            chunked = f"{upgrade}Transfer-Encoding: chunked\r\n"
+            return head(path, chunked, method="POST") + chunk, f"POST {path} {len(known)}".encode()
+        case _:
+            return head(path, upgrade), f"GET {path} 0".encode()
+
+
 async def test_a_body_is_no_part_of_what_is_remembered(upstream: Start, tmp_path: Path, redis_url: str) -> None:
     server = serving(upstream)
     path = manifest_path(server)
@@ -403,7 +458,7 @@ async def test_memory_is_bounded(redis_url: str, monkeypatch: pytest.MonkeyPatch
             assert wire.content.endswith(b"x" * 1000)
             for variant in range(3):
                 kept.remember(f"{number} {variant}".encode(), wire)
-        assert len(kept._replies) == len(kept._by_token) == 100_000 // (3 * 1000 + 2000)
+        assert len(kept._replies) == len(kept._by_token) == 100_000 // (3 * 1000 + 2000 + len("/v2/999"))
         assert len(kept._requests) <= 50
         assert kept.answer(asked(0)[0]) is None
         kept.clear()

@@ -143,6 +143,18 @@ async def test_tag_moves_on_only_to_what_is_here(upstream: Start, tmp_path: Path
 # --- tags lists --------------------------------------------------------------------------------------------------
 
 
+async def test_what_was_asked_for_counts_in_the_memory_of_tags_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "_MEMORY_BYTES", 100_000)
+    pages = TagsPages()
+
+    async def fetch() -> TagsPage:
+        return TagsPage(b"{}", "")
+
+    for number in range(100):
+        await pages.find(("quay.io", "a", f"n={number}&{'x' * 40_000}"), fetch)
+    assert len(pages._memory) == 2
+
+
 async def test_tags_list_is_refused_where_upstream_refuses() -> None:
     pages, key = TagsPages(), ("quay.io", "a", "")
 
@@ -168,10 +180,10 @@ async def test_tags_lists_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = TagsPages()
 
     async def fetch() -> TagsPage:
-        return TagsPage(bytes(1500), "")
+        return TagsPage(bytes(1491), "")
 
     for number in range(20):
-        await pages.find(("quay.io", f"{number % 15}", ""), fetch)
+        await pages.find(("quay.io", f"{number % 15:02}", ""), fetch)
     assert len(pages._memory) == 4
     assert pages._bytes == 10_000
 

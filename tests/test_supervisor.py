@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -13,6 +14,7 @@ import pytest
 from bench.images import Image, image, layer, random_blob
 from bench.upstream import Faults, Upstream
 from tests.servers import PulledImage, WaveProxy
+from wave_proxy.supervisor import StartFailed, runtime_folder
 
 Wave = Callable[..., WaveProxy]
 Registry = Callable[..., Upstream]
@@ -106,6 +108,19 @@ def test_a_redis_that_hangs_stops_no_pull_of_a_known_token(upstream: Registry, w
     finally:
         os.kill(proxy.redis_pid(), signal.SIGCONT)
     wait_for(lambda: proxy.request("GET", f"/v2/wt/{'0' * 32}/lib/app/manifests/v1").status == 404)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a link that is another user's")
+def test_a_link_of_another_user_is_no_place_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = tmp_path / ("x" * 120)
+    folder = runtime_folder(data)
+    assert folder.parent == tmp_path
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    os.chown(folder, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(StartFailed, match="belongs to another user"):
+        runtime_folder(data)
 
 
 def test_what_was_recorded_survives_a_restart_of_everything(upstream: Registry, wave: Wave, tmp_path: Path) -> None:

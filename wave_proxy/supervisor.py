@@ -212,7 +212,7 @@ def runtime_folder(data: Path) -> Path:
         # Every program that is given this data folder must come to the same place.
         folder = Path(gettempdir()) / f"wave-proxy-{os.getuid()}-{sha256(bytes(folder)).hexdigest()[:12]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.lstat().st_uid != os.getuid():  # in a folder for all, a link too is its maker's choice
         raise StartFailed(f"{folder} belongs to another user; choose a shorter path with --data")
     return folder
 

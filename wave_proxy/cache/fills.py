@@ -69,6 +69,9 @@ class Fills:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for fill in self._fills.values():  # those whose task was ended before its first step
+            fill.fail(UpstreamUnavailable("the proxy is shutting down"))
+            fill.end()
         self._threads.shutdown()
 
     async def _run(self, fill: Fill, opener: Opener) -> None:

@@ -11,7 +11,7 @@ from wave_proxy.cache.tags import UNANSWERED
 from wave_proxy.upstream.registry import TagsPage
 
 _MEMORY_BYTES = 8 << 20
-_OVERHEAD_BYTES = 1000  # of a page, beside its content
+_OVERHEAD_BYTES = 1000  # of a page, beside its content and what was asked
 _PATIENCE_S = 5.0
 
 Key = tuple[str, str, str]
@@ -62,15 +62,15 @@ class TagsPages:
     def _remember(self, key: Key, listed: ListedTags) -> None:
         self._forget(key)
         self._memory[key] = listed
-        self._bytes += _size(listed)
+        self._bytes += _size(key, listed)
         while self._bytes > _MEMORY_BYTES:
             self._forget(next(iter(self._memory)))
 
     def _forget(self, key: Key) -> None:
         listed = self._memory.pop(key, None)
         if listed is not None:
-            self._bytes -= _size(listed)
+            self._bytes -= _size(key, listed)
 
 
-def _size(listed: ListedTags) -> int:
-    return len(listed.page.content) + _OVERHEAD_BYTES
+def _size(key: Key, listed: ListedTags) -> int:
+    return sum(map(len, key)) + len(listed.page.content) + len(listed.page.link) + _OVERHEAD_BYTES

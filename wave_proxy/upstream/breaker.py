@@ -4,7 +4,8 @@ A registry is *closed* to begin with: everything goes through. When several requ
 connection, silence, 5xx, each after its retries), or when it said 429, it is *open*: nothing goes out, and whoever asks
 is told why, and when to come back. When that time is over one request tries, while the others are still told; it closes
 the breaker again, or opens it for twice as long. What is about one piece of content (404, 403, a wrong digest) shows a
-registry that works; and 5xx for the same thing count once, so that one broken image takes nobody's registry away.
+registry that works; and 5xx for the same thing count once, so that one broken image takes nobody's registry away. So
+that it does not keep it away either, what has brought 5xx lets others try first.
 
 Times are seconds of any clock that only goes forward.
 """
@@ -49,18 +50,29 @@ class Breaker:
         """Whether requests are held back, but for one that tries."""
         return self._reason is not None
 
-    def admit(self, now: float) -> bool:
-        """Let a request go out; True for the one that tries whether the registry is well again.
+    def admit(self, about: str, now: float) -> bool:
+        """Let a request for ``about`` go out; True for the one that tries whether the registry is well again.
+
+        Raises what ``check`` raises.
+        """
+        self.check(about, now)
+        self._trying = self.is_open
+        return self._trying
+
+    def check(self, about: str, now: float) -> None:
+        """Return when a request would be admitted.
 
         Raises TooManyRequests when a 429 opened it, else UpstreamUnavailable, both with the time to come back.
         """
         if self._reason is None:
-            return False
-        if now >= self._until and not self._trying:
-            self._trying = True
-            return True
-        wait_s = max(ceil(self._until - now), 1)
-        again = f"for another {wait_s} s" if now < self._until else "while one request tries it again"
+            return
+        until = self._until
+        if now >= until and about in self._failed:
+            until += FIRST_PAUSE_S
+        if now >= until and not self._trying:
+            return
+        wait_s = max(ceil(until - now), 1)
+        again = f"for another {wait_s} s" if now < until else "while one request tries it again"
         if isinstance(self._reason, TooManyRequests):
             raise TooManyRequests(f"{self._place} limits requests and is left alone {again}: {self._reason}", wait_s)
         raise UpstreamUnavailable(f"{self._place} has failed and is left alone {again}: {self._reason}", wait_s)
@@ -78,14 +90,15 @@ class Breaker:
         ``spread`` (at least 1) stretches the pause, so that not all processes come back at once.
         """
         limited = isinstance(err, TooManyRequests)
+        if isinstance(err, UpstreamFailing):
+            self._failed.add(about)
+        elif not self.is_open:  # no answer came: what was asked for is not to blame
+            self._failed.add(f"no answer {len(self._failed)}")
         if trial:
             self._trying = False
             self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
         elif self.is_open and not limited:
-            return  # it went out before, and says nothing new
-        else:
-            # Where no answer came, what was asked for is not to blame.
-            self._failed.add(about if isinstance(err, UpstreamFailing) else f"no answer {len(self._failed)}")
+            return  # it went out before, and says nothing new of the registry
         if limited or trial or len(self._failed) >= FAILURES:
             pause_s = float(err.retry_after_s or FIRST_PAUSE_S) if limited else self._pause_s
             self._reason = err
@@ -102,10 +115,16 @@ class Breakers:
     def __init__(self) -> None:
         self._breakers: OrderedDict[str, Breaker] = OrderedDict()
 
-    def admit(self, place: str, now: float) -> bool:
+    def admit(self, place: str, about: str, now: float) -> bool:
         """Let a request go out, as ``Breaker.admit`` does; settle() has to follow."""
         breaker = self._breakers.get(place)
-        return breaker is not None and breaker.admit(now)
+        return breaker is not None and breaker.admit(about, now)
+
+    def check(self, place: str, about: str, now: float) -> None:
+        """Return when a request would be admitted; raises what ``Breaker.check`` raises."""
+        breaker = self._breakers.get(place)
+        if breaker is not None:
+            breaker.check(about, now)
 
     def settle(
         self, place: str, about: str, err: BaseException | None, now: float, *, trial: bool, spread: float

@@ -39,9 +39,6 @@ MAX_REDIRECTS = 5
 READ_BUFFER_BYTES = 1 << 20
 
 # Each piece of a blob costs a change of threads and wakes who reads along.
-_GATHER_BYTES = 256 << 10
-_GATHER_PAUSE_S = 0.001
-_GATHER_PAUSES = 4
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ERROR_BYTES = 64 << 10
@@ -234,6 +231,11 @@ class Egress:
         self._sessions: dict[_Policy, aiohttp.ClientSession] = {}
         self._trusts = {e.ca_file: _trust(e.ca_file) for e in self._endpoints.values() if e.ca_file}
 
+    @property
+    def configured(self) -> frozenset[str]:
+        """The registries that have settings of their own."""
+        return frozenset(self._endpoints)
+
     def endpoint(self, registry: str) -> Endpoint:
         """Where that registry is reached: as configured, else by its name."""
         return self._endpoints.get(registry) or endpoint_for(registry)
@@ -374,17 +376,17 @@ class Egress:
             return UpstreamError(f"the answer of {host} is not HTTP as we know it: {clip(reason)}")
         return UpstreamUnavailable(f"no answer from {host}: {reason}")
 
-    async def chunks(self, response: aiohttp.ClientResponse, *, gather: bool = False) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         """The body as it arrives. The caller closes the response.
 
-        With ``gather`` the pieces behind the first are large, or some milliseconds apart.
         Raises UpstreamUnavailable when it breaks off, UpstreamTimeout when nothing comes for the idle timeout.
         """
         try:
-            if chunk := await response.content.readany():
-                yield chunk
-            while chunk := await (_gathered(response.content) if gather else response.content.readany()):
-                yield chunk
+            while not response.content.at_eof():
+                # Not all that has come at once: to join it would cost a copy of each byte.
+                chunk, _ = await response.content.readchunk()
+                if chunk:  # else a chunk of HTTP ends here, behind which the body goes on
+                    yield chunk
         except TimeoutError as err:
             host = authority_of(response.url)
             raise UpstreamTimeout(f"{host} sent nothing for {self._idle_timeout_s:g} s") from err
@@ -448,18 +450,6 @@ class Egress:
         self._sessions.clear()
         for session in sessions:
             await session.close()
-
-
-async def _gathered(content: aiohttp.StreamReader) -> bytes:
-    """The next bytes; when they are few, with what follows at once. Empty at the end. Raises as ``readany``."""
-    chunk = await content.readany()
-    for _ in range(_GATHER_PAUSES):
-        if len(chunk) >= _GATHER_BYTES or content.is_eof() or content.exception() is not None:
-            break
-        await asyncio.sleep(_GATHER_PAUSE_S)
-        if content.exception() is None:  # else the next call raises it: what came before is not lost
-            chunk += content.read_nowait()
-    return chunk
 
 
 def _trust(ca_file: str) -> ssl.SSLContext:

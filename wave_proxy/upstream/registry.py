@@ -40,6 +40,7 @@ from wave_proxy.image.oci import (
     read_json_object,
     sniff_media_type,
 )
+from wave_proxy.image.reference import DOCKER_HUB
 from wave_proxy.upstream.bearer import BearerTokens, Challenge, basic_authorization, choose_challenge
 from wave_proxy.upstream.breaker import Breakers
 from wave_proxy.upstream.credentials import Credentials
@@ -130,10 +131,10 @@ class Registry:
         self._attempts = attempts
         self._bearers = BearerTokens(egress)
         self._challenges: dict[str, Challenge] = {}  # by endpoint URL: the next request need not ask first
-        self.stats = UpstreamStats()
+        self.stats = UpstreamStats(named=egress.configured | {DOCKER_HUB})
         self._breakers = Breakers()
         self._limits = limits or Limits()
-        self._transfers = Transfers(egress, self._retried, self._limits, parallel)
+        self._transfers = Transfers(egress, self._retried, self._slot, self._limits, parallel)
 
     async def close(self) -> None:
         """End what still runs in the background. The egress is the caller's."""
@@ -160,7 +161,7 @@ class Registry:
         Raises ManifestUnknown, DigestInvalid, DigestMismatch.
         """
         subject = self._manifest(registry, repository, reference)
-        async with self._limits.slot(registry):
+        async with self._slot(registry, subject.name):
             return await self._retried(registry, subject.name, lambda: self._read_manifest(subject, reference))
 
     async def head_blob(self, registry: str, repository: str, digest: str) -> int | None:
@@ -193,8 +194,9 @@ class Registry:
         path = f"tags/list?{quote(query, safe='%=&+,:;/@~')}" if query else "tags/list"
         name = f"{registry}/{repository}"
         subject = _Subject(self._egress.endpoint(registry), repository, path, name, NameUnknown)
-        async with self._limits.slot(registry):
-            return await self._retried(registry, f"tags of {name}", lambda: self._read_tags(subject))
+        about = f"tags of {name}"
+        async with self._slot(registry, about):
+            return await self._retried(registry, about, lambda: self._read_tags(subject))
 
     # --- reading answers -----------------------------------------------------------------------------------------
 
@@ -240,16 +242,21 @@ class Registry:
     async def _head(self, subject: _Subject, headers: dict[str, str]) -> ClientResponse:
         """The answer to a HEAD, given back."""
         ask = partial(self._ask, "HEAD", subject, headers, _HEAD_OR_REFUSED)
-        async with self._limits.slot(subject.endpoint.registry):
+        async with self._slot(subject.endpoint.registry, subject.name):
             response = await self._retried(subject.endpoint.registry, subject.name, ask)
             response.release()
         return response
+
+    def _slot(self, place: str, about: str) -> AbstractAsyncContextManager[object]:
+        """A connection of ``place``; nobody waits for one while that is left alone."""
+        self._breakers.check(place, about, monotonic())
+        return self._limits.slot(place)
 
     async def _retried(self, place: str, about: str, operation: Callable[[], Awaitable[T]]) -> T:
         """What ``operation`` brings, tried again where that may help; fails at once while ``place`` is left alone."""
         began, attempt = monotonic(), 1
         while True:
-            trial = self._breakers.admit(place, monotonic())
+            trial = self._breakers.admit(place, about, monotonic())
             try:
                 result = await operation()
             except BaseException as err:

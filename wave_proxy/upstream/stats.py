@@ -22,9 +22,11 @@ class UpstreamStats:
     """Requests that were sent, those of them that repeat a failed one, and those that failed.
 
     A request fails when it brings no answer, or status 429 or 5xx. ``remaining`` is (instant of the monotonic clock,
-    requests that the registry's rate limit then left). Clients name registries as they like, so only the first 50 are
-    counted by name.
+    requests that the registry's rate limit then left). Clients name registries as they like, so besides those in
+    ``named`` only the first 50 are counted by name.
     """
+
+    named: frozenset[str] = frozenset()
 
     requests: defaultdict[str, int] = field(default_factory=_numbers)
     retries: defaultdict[str, int] = field(default_factory=_numbers)
@@ -53,4 +55,6 @@ class UpstreamStats:
                 break
 
     def _name(self, registry: str) -> str:
-        return registry if registry in self.requests or len(self.requests) < _MAX_NAMES else OTHER
+        if registry in self.named or registry in self.requests or len(self.requests) < _MAX_NAMES:
+            return registry
+        return OTHER

@@ -25,6 +25,7 @@ Ask = Callable[[dict[str, str], frozenset[int]], Awaitable[ClientResponse]]
 """Sends the request for a blob with those headers; returns an answer with one of those statuses, else raises."""
 
 Retried = Callable[[str, str, Callable[[], Awaitable[ClientResponse]]], Awaitable[ClientResponse]]
+Slot = Callable[[str, str], AbstractAsyncContextManager[object]]
 
 
 @dataclass(slots=True)
@@ -53,12 +54,13 @@ class Wanted:
 class Transfers:
     """The transfers of one process. ``parallel`` is the number of connections for one blob.
 
-    ``retried`` makes a request, again where that may help.
+    ``retried`` makes a request, again where that may help, and ``slot`` waits for a connection to make it on.
     """
 
-    def __init__(self, egress: Egress, retried: Retried, limits: Limits, parallel: int) -> None:
+    def __init__(self, egress: Egress, retried: Retried, slot: Slot, limits: Limits, parallel: int) -> None:
         self._egress = egress
         self._retried = retried
+        self._slot = slot
         self._limits = limits
         self._parallel = parallel
         self._whole: dict[str, None] = {}  # places that don't give parts as they should
@@ -101,7 +103,7 @@ class Transfers:
     ) -> AsyncGenerator[bytes, None]:
         pace = self._limits.pace(wanted.place)
         seen = 0
-        async with aclosing(self._egress.chunks(response, gather=True)) as chunks:
+        async with aclosing(self._egress.chunks(response)) as chunks:
             async for chunk in chunks:
                 seen += len(chunk)
                 if pace is None:
@@ -123,7 +125,7 @@ class Transfers:
         """
         is_part = start or end != wanted.size
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if is_part else {}
-        async with self._limits.slot(wanted.place):
+        async with self._slot(wanted.place, wanted.name):
             response = await self._retried(wanted.place, wanted.name, partial(wanted.ask, headers, statuses))
             try:
                 yield response
