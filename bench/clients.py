@@ -33,12 +33,13 @@ end
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk saw: good answers, errors of every kind, and the latency of answers."""
+    """What wrk saw: good answers, errors of every kind, and the latency of answers; and how much of a core it took."""
 
     answers: int
     errors: int
     duration_s: float
     p99_s: float
+    wrk_share: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -54,12 +55,16 @@ def wrk(address: str, path: str, *, connections: int, duration_s: int, keep_aliv
         command = [find_program("wrk"), "-t1", f"-c{connections}", f"-d{duration_s}s", f"--timeout={WRK_TIMEOUT_S}s"]
         command += ["-s", script.name, "-H", f"Accept: {ACCEPT_MANIFESTS}"]
         command += [] if keep_alive else ["-H", "Connection: close"]
+        before = os.times()
         done = run([*command, f"http://{address}{path}"], capture_output=True, text=True)
+        after = os.times()
     if done.returncode:
         raise RuntimeError(f"wrk failed: {done.stdout[-500:]}{done.stderr[-500:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])
     answers = told["requests"] - told["refused"]
-    return Load(answers, told["refused"] + told["lost"], told["duration_us"] / 1e6, told["p99_us"] / 1e6)
+    duration_s = told["duration_us"] / 1e6
+    took_s = after.children_user + after.children_system - before.children_user - before.children_system
+    return Load(answers, told["refused"] + told["lost"], duration_s, told["p99_us"] / 1e6, took_s / duration_s)
 
 
 def drain(address: str, path: str, size: int, clients: int) -> float:

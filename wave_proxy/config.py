@@ -91,7 +91,7 @@ OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_re
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class RegistrySettings(_Section):
@@ -251,7 +251,7 @@ class BuildSettings(_Section):
 class Settings(BaseModel):
     """All settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     host: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6.")
     port: int = Field(9090, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -276,13 +276,14 @@ class Settings(BaseModel):
         default_factory=dict,
         description="Basic authentication for administration: user to `sha256:<hex of the password's SHA-256>`.",
     )
-    http: HttpSettings = HttpSettings()
-    cache: CacheSettings = CacheSettings()
-    upstream: UpstreamSettings = UpstreamSettings()
-    tokens: TokenSettings = TokenSettings()
-    log: LogSettings = LogSettings()
-    quota: QuotaSettings = QuotaSettings()
-    build: BuildSettings = BuildSettings()
+    # Constructed, not validated: a process that gets its settings handed down never builds what validates them (4 MB).
+    http: HttpSettings = HttpSettings.model_construct()
+    cache: CacheSettings = CacheSettings.model_construct()
+    upstream: UpstreamSettings = UpstreamSettings.model_construct()
+    tokens: TokenSettings = TokenSettings.model_construct()
+    log: LogSettings = LogSettings.model_construct()
+    quota: QuotaSettings = QuotaSettings.model_construct()
+    build: BuildSettings = BuildSettings.model_construct()
 
     @field_validator("server_url")
     @classmethod
