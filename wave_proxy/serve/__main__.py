@@ -89,24 +89,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
     stack.push_async_callback(redis.aclose)
     tokens = TokenStore(redis, settings.tokens.retention)
-    egress = Egress(
-        read_endpoints(settings.registries),
-        connect_timeout_s=settings.upstream.connect_timeout,
-        response_timeout_s=settings.upstream.response_timeout,
-        idle_timeout_s=settings.upstream.idle_timeout,
-        offline=settings.upstream.offline,
-    )
-    stack.push_async_callback(egress.close)
-    registry = Registry(
-        egress,
-        read_credentials(settings.registries),
-        attempts=settings.upstream.attempts,
-        limits=read_limits(
-            settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1
-        ),
-        parallel=settings.upstream.parallel,
-    )
-    stack.push_async_callback(registry.close)
+    registry = _registry(settings, stack)
     blobs = BlobStore(settings.data)
     evictor = Evictor(settings.data, settings.cache.max_bytes)
     grants = Grants(settings.data)
@@ -133,15 +116,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     stack.push_async_callback(forwarder.close)
     for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
         stack.push_async_callback(cancel, background.create_task(coroutine))
-    puller = Puller(
-        resolver,
-        repositories,
-        augmenter,
-        layers,
-        tokens,
-        quotas,
-        usage,
-    )
+    puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage)
     app = App(puller, forwarder, stats, settings.log.requests)
     server = Server(app, _limits(settings), ClientAddress(settings.http.trusted_proxies), ready)
     if folder := os.environ.get("WAVE_METRICS_FOLDER"):
@@ -149,6 +124,28 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
         sources = Sources(*counted, lambda: len(server.connections), partial(check, redis))
         _publish(Publisher(Path(folder), os.environ["WAVE_PART"], sources), stack, background)
     return server
+
+
+def _registry(settings: Settings, stack: AsyncExitStack) -> Registry:
+    egress = Egress(
+        read_endpoints(settings.registries),
+        connect_timeout_s=settings.upstream.connect_timeout,
+        response_timeout_s=settings.upstream.response_timeout,
+        idle_timeout_s=settings.upstream.idle_timeout,
+        offline=settings.upstream.offline,
+    )
+    stack.push_async_callback(egress.close)
+    registry = Registry(
+        egress,
+        read_credentials(settings.registries),
+        attempts=settings.upstream.attempts,
+        limits=read_limits(
+            settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1
+        ),
+        parallel=settings.upstream.parallel,
+    )
+    stack.push_async_callback(registry.close)
+    return registry
 
 
 def _publish(publisher: Publisher, stack: AsyncExitStack, background: asyncio.TaskGroup) -> None:

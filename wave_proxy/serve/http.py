@@ -25,6 +25,7 @@ _log = structlog.get_logger()
 
 READ_BYTES = 1 << 16  # one read where sendfile can't be used (TLS)
 SMALL_BYTES = 1 << 15  # bodies up to this go out in one write with their head
+_SWEEP_S = 1.0  # so much later than its time a connection may be closed
 PARSE_BYTES = 1 << 14  # at once; some hundred requests fit in, and take twenty times as much memory when they wait
 MAX_WAITING = 16  # parsed requests that wait behind the one being answered
 LINGER_S = 5.0  # a client that is still sending when it was answered may do so for this long, unread
@@ -63,10 +64,25 @@ class Server:
         self.connections: set[Connection] = set()
         self.closing = False
         self._empty = asyncio.Event()
+        self._sweep_s = min(limits.header_timeout_s / 2, _SWEEP_S)
+        self._sweeper: asyncio.TimerHandle | None = None
 
     def __call__(self) -> "Connection":
         """A protocol for a new connection: the factory that ``create_server`` wants."""
         return Connection(self)
+
+    def add(self, connection: "Connection") -> None:
+        """A connection is there. One timer looks after all of them: one each would cost more than some answers do."""
+        self.connections.add(connection)
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in list(self.connections):
+            connection.close_if_due(now)
+        self._sweeper = loop.call_later(self._sweep_s, self._sweep) if self.connections else None
 
     def forget(self, connection: "Connection") -> None:
         """A connection is gone."""
@@ -117,7 +133,6 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Request] = deque()
         self.task: asyncio.Task[None] | None = None
         self._deadline = 0.0
-        self._timer: asyncio.TimerHandle | None = None
         self._read_paused = False
         self._client_done = False
         self._lingering = False
@@ -131,13 +146,11 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if isinstance(peer, tuple) else ""
         self._is_peer_the_client = not self._server.addresses.is_trusted(self._peer)
-        self._server.connections.add(self)
+        self._server.add(self)
         self._set_deadline(self._limits.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.forget(self)
-        if self._timer is not None:
-            self._timer.cancel()
         if self._body is not None:
             self._body.fail(ConnectionResetError("the client closed the connection"))
         self.resume_writing()
@@ -185,18 +198,11 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _set_deadline(self, seconds: float) -> None:
-        # One timer a connection looks at the deadline every now and then: moving the deadline costs an assignment.
         self._deadline = self._loop.time() + seconds
-        if self._timer is None:
-            self._timer = self._loop.call_later(min(seconds, self._limits.header_timeout_s / 2), self._ring)
 
-    def _ring(self) -> None:
-        self._timer = None
-        left = self._deadline - self._loop.time()
-        if self.task is not None:
-            left = max(left, self._limits.idle_timeout_s)
-        if left > 0:
-            self._timer = self._loop.call_later(min(left, self._limits.header_timeout_s / 2), self._ring)
+    def close_if_due(self, now: float) -> None:
+        """Close when the client has not done in time what it has to do next; while it is answered, that is nothing."""
+        if self.task is not None or now < self._deadline:
             return
         if self._head_bytes and not self._lingering:
             self._refuse(408, "the request's head did not arrive in time")
@@ -232,10 +238,9 @@ class Connection(asyncio.Protocol):
 
     def _write_ready(self, wire: Wire) -> None:
         self._transport.write(wire.content)
+        self._set_deadline(self._limits.idle_timeout_s)
         if wire.close:
             self._transport.close()
-        else:
-            self._deadline = self._loop.time() + self._limits.idle_timeout_s
 
     def _parse(self, data: bytes) -> None:
         if not self._head_bytes and self.task is None:
