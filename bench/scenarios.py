@@ -88,7 +88,7 @@ def _manifest_rates(plan: Plan, made: Stage, *, keep_alive: bool) -> Iterator[Re
     repeats = plan.repeats if keep_alive else plan.choose(plan.repeats, 1)
     figures = alternate(made.peers, repeats, measure)
     busy = ", ".join(f"{100 * median(some):.0f} % with {name}" for name, some in shares.items())
-    notes.append(f"warm manifest, {_HOW[keep_alive]}: of its core, wrk itself took {busy}")
+    notes.append(f"of its core, wrk itself took {busy}")
     for unit in ("1/s", "1/processor s"):
         work = f"warm manifest, {_HOW[keep_alive]}"
         yield Result("warm-manifest", work, unit, figures[unit], missing=made.missing, notes=notes)
