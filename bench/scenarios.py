@@ -21,6 +21,7 @@ from bench.clients import (
     processor_s,
     reset_peak,
     resident,
+    touch_memory,
     wrk,
 )
 from bench.herd import Herd, wall_s
@@ -233,6 +234,7 @@ def cold_blob(plan: Plan) -> Iterator[Result]:
             manifest = http_request(peer.address, "GET", peer.manifest_path(sample), headers=accept)
             assert manifest.status == 200, f"{peer.name}: {manifest.body!r}"
             os.sync()  # what others have written shall not be written to disk in our time
+            touch_memory(4 * layer["size"])
             duration_s = drain(peer.address, peer.blob_path(sample, layer["digest"]), layer["size"], 1)
             pull_blob(peer.address, peer.repository_of(sample), layer)
             return {"rate": layer["size"] / duration_s / 1e9}

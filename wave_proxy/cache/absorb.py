@@ -21,7 +21,7 @@ _AHEAD_BYTES = 4 << 20  # of what was taken and is not written yet
 _BATCH_BYTES = 1 << 20
 _MAX_VECTOR = 1000  # pieces that one call can write
 _READ_BYTES = 1 << 20
-_TELL_S = 0.002
+_TELL_S = 0.005
 
 
 class Absorber:
