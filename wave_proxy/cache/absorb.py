@@ -18,7 +18,7 @@ from wave_proxy.cache.spool import no_room
 from wave_proxy.errors import SizeMismatch, StorageFull
 
 _AHEAD_BYTES = 4 << 20  # of what was taken and is not written yet
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 512 << 10  # hashed, and written while it is still in the processor's cache
 _MAX_VECTOR = 1000  # pieces that one call can write
 _READ_BYTES = 1 << 20
 _TELL_S = 0.005
