@@ -28,7 +28,7 @@ from wave_proxy.upstream.breaker import FAILURES, FIRST_PAUSE_S, MAX_PAUSE_S, Br
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.limits import Limit, Limits
-from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.registry import FetchedManifest, Registry
 
 Start = Callable[..., Upstream]
 
@@ -272,6 +272,18 @@ async def test_no_retries_while_it_is_left_alone(upstream: Start) -> None:
     assert len([request for request in server.log if "/manifests/" in request.path]) <= 2
 
 
+async def stalled_try(server: Upstream, registry: Registry) -> "asyncio.Task[FetchedManifest]":
+    """The breaker was opened, and its pause (of 0.01 s) is over: one request tries, and gets no answer."""
+    server.faults.status = {"/manifests/": 429}
+    with pytest.raises(TooManyRequests):
+        await registry.fetch_manifest(server.address, NAME, "1.0")
+    server.faults.status, server.faults.only, server.faults.stall_at = {}, "/manifests/", -1
+    await asyncio.sleep(0.02)
+    trying = asyncio.create_task(registry.fetch_manifest(server.address, NAME, "1.0"))
+    await asyncio.sleep(0.02)
+    return trying
+
+
 async def test_nobody_waits_for_the_connection_of_the_one_that_tries(
     upstream: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,13 +291,7 @@ async def test_nobody_waits_for_the_connection_of_the_one_that_tries(
     server = serving(upstream)
     async with registry_at(server, attempts=1) as registry:
         registry._limits = Limits(default=Limit(connections=1))
-        server.faults.status = {"/manifests/": 429}
-        with pytest.raises(TooManyRequests):
-            await registry.fetch_manifest(server.address, NAME, "1.0")
-        server.faults.status, server.faults.only, server.faults.stall_at = {}, "/manifests/", -1
-        await asyncio.sleep(0.02)
-        trying = asyncio.create_task(registry.fetch_manifest(server.address, NAME, "1.0"))
-        await asyncio.sleep(0.02)
+        trying = await stalled_try(server, registry)
         async with asyncio.timeout(5):
             for ask in (
                 lambda: registry.fetch_manifest(server.address, NAME, "1.0"),
@@ -317,13 +323,7 @@ async def test_cancelled_try_is_for_another(upstream: Start, monkeypatch: pytest
     monkeypatch.setattr(breaker_module, "FIRST_PAUSE_S", 0.01)
     server = serving(upstream)
     async with registry_at(server, attempts=1) as registry:
-        server.faults.status = {"/manifests/": 429}
-        with pytest.raises(TooManyRequests):
-            await registry.fetch_manifest(server.address, NAME, "1.0")
-        server.faults.status, server.faults.only, server.faults.stall_at = {}, "/manifests/", -1
-        await asyncio.sleep(0.02)
-        trying = asyncio.create_task(registry.fetch_manifest(server.address, NAME, "1.0"))
-        await asyncio.sleep(0.02)
+        trying = await stalled_try(server, registry)
         with pytest.raises(TooManyRequests, match="while one request tries"):
             await registry.fetch_manifest(server.address, NAME, "1.0")
         trying.cancel()

@@ -92,6 +92,17 @@ async def has_begun(fill: Fill) -> None:
     await until(lambda: fill.readable() > 0)
 
 
+async def fetch_along(server: Upstream, one: Worker, two: Worker) -> list[bytes]:
+    """What each gets when ``one`` leads and ``two`` follows; upstream stalls in the middle until both have begun."""
+    fetches: list[asyncio.Task[bytes]] = []
+    for each in (one, two):
+        fetches.append(asyncio.create_task(each.fetch(server, BLOB.digest)))
+        await asyncio.sleep(0)
+        await has_begun(each.join(server, BLOB.digest))
+    server.faults.release.set()
+    return list(await asyncio.gather(*fetches))
+
+
 # --- readers -----------------------------------------------------------------------------------------------------
 
 
@@ -360,14 +371,7 @@ async def test_failed_fills_are_counted(upstream: Start, tmp_path: Path) -> None
 async def test_who_follows_another_process_begins_nothing(upstream: Start, tmp_path: Path) -> None:
     server = serving(upstream, stall_at=HALF)
     async with worker(tmp_path, server) as one, worker(tmp_path, server) as two:
-        leading = asyncio.create_task(one.fetch(server, BLOB.digest))
-        await asyncio.sleep(0)
-        await has_begun(one.join(server, BLOB.digest))
-        following = asyncio.create_task(two.fetch(server, BLOB.digest))
-        await asyncio.sleep(0)
-        await has_begun(two.join(server, BLOB.digest))
-        server.faults.release.set()
-        assert await following == await leading == BLOB.content
+        assert await fetch_along(server, one, two) == [BLOB.content] * 2
         assert (two.fills.stats.begun, two.fills.stats.bytes) == (0, 0)
 
 
@@ -503,14 +507,7 @@ async def test_processes_that_come_at_any_moment_fetch_once(upstream: Start, tmp
 async def test_follower_of_unknown_size(upstream: Start, tmp_path: Path) -> None:
     server = serving(upstream, stall_at=HALF, no_content_length=True)
     async with worker(tmp_path, server) as one, worker(tmp_path, server) as two:
-        leading = asyncio.create_task(one.fetch(server, BLOB.digest))
-        await asyncio.sleep(0)
-        await has_begun(one.join(server, BLOB.digest))
-        following = asyncio.create_task(two.fetch(server, BLOB.digest))
-        await asyncio.sleep(0)
-        await has_begun(two.join(server, BLOB.digest))
-        server.faults.release.set()
-        assert await following == await leading == BLOB.content
+        assert await fetch_along(server, one, two) == [BLOB.content] * 2
     assert server.fetches(BLOB.digest) == 1
 
 

@@ -1,13 +1,12 @@
 """The HTTP server on real sockets under uvloop: what clients may send, how slowly they may read, and what is left."""
 
 import asyncio
-import os
 import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -16,6 +15,7 @@ import pytest
 import uvloop
 
 from bench.images import random_blob
+from tests.growing import Growing, open_files
 from wave_proxy.errors import UpstreamUnavailable, WaveError
 from wave_proxy.serve import http
 from wave_proxy.serve.http import Handler, Limits, Server
@@ -103,15 +103,6 @@ async def serving(
             await asyncio.sleep(0.002)
 
 
-def open_files() -> int:
-    """How many files and sockets this process has open; the loop keeps a spare one at hand, which is /dev/null."""
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/self/fd/{name}") != os.devnull
-    return found
-
-
 @dataclass
 class Answer:
     """One answer as it came."""
@@ -175,52 +166,6 @@ class Pieces:
 
     async def aclose(self) -> None:
         self.closed += 1
-
-
-@dataclass
-class Growing:
-    """A file that is written while it is sent."""
-
-    path: Path
-    error: Exception | None = None
-    written: int = 0
-    closed: int = 0
-    fd: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.path.touch()
-        self.fd = os.open(self.path, os.O_RDONLY)
-        self._grown = asyncio.Event()
-
-    def grow(self, content: bytes) -> None:
-        with self.path.open("ab") as file:
-            file.write(content)
-        self.written += len(content)
-        self._grown.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self._grown.set()
-
-    def readable(self) -> int:
-        return self.written
-
-    async def wait(self, offset: int) -> None:
-        while self.written <= offset:
-            if self.error:
-                raise self.error
-            self._grown.clear()
-            await self._grown.wait()
-
-    def close(self) -> None:
-        self.closed += 1
-        os.close(self.fd)
-
-
-def file_of(path: Path, content: bytes) -> Growing:
-    source = Growing(path)
-    source.grow(content)
-    return source
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +365,7 @@ async def test_files_arrive_byte_for_byte(
     source: list[Growing] = []
 
     async def handle(_: Request) -> Reply:
-        source.append(file_of(tmp_path / f"{len(source)}", content))
+        source.append(Growing(tmp_path / f"{len(source)}", content))
         return Reply(200, [], FileBody(source[-1], 0, size))
 
     async with serving(handle, tls=tls if secure else None) as place:
@@ -458,7 +403,7 @@ async def test_files_are_sent_while_they_grow(
 async def test_file_that_fails_midway_is_cut(
     tmp_path: Path, tls: tuple[ssl.SSLContext, ssl.SSLContext], sent: int, secure: bool
 ) -> None:
-    source = file_of(tmp_path / "part", random_blob(sent, seed=4))
+    source = Growing(tmp_path / "part", random_blob(sent, seed=4))
     async with serving(
         replying(lambda: Reply(200, [], FileBody(source, 0, 3 * MIB))), tls=tls if secure else None
     ) as place:
@@ -487,7 +432,7 @@ async def read_to_end(reader: asyncio.StreamReader) -> bytes:
 @under_uvloop
 async def test_file_that_shrank_is_cut(tmp_path: Path) -> None:
     for size in (1000, 3 * MIB):
-        source = file_of(tmp_path / f"{size}", bytes(size // 2))
+        source = Growing(tmp_path / f"{size}", bytes(size // 2))
         source.written = size
         async with serving(replying(lambda s=source, n=size: Reply(200, [], FileBody(s, 0, n)))) as place:  # type: ignore[misc]
             reader, writer = await place.connect()
@@ -835,7 +780,7 @@ async def test_slow_reader_holds_back_the_stream() -> None:
 @under_uvloop
 async def test_client_that_takes_nothing_is_cut_off(tmp_path: Path, kind: str) -> None:
     large = bytes(4 * MIB)
-    source = file_of(tmp_path / "file", large)
+    source = Growing(tmp_path / "file", large)
     replies = {
         "bytes": lambda: Reply(200, [], large),
         "bytes and close": lambda: Reply(200, [], large, close=True),
@@ -874,7 +819,7 @@ async def test_client_that_goes_leaves_nothing(
             stream = Pieces([bytes(MIB)] * 100)
             sources.append(stream)
             return Reply(200, [], stream)
-        source = file_of(tmp_path / "file", bytes(20 * MIB))
+        source = Growing(tmp_path / "file", bytes(20 * MIB))
         sources.append(source)
         return Reply(200, [], FileBody(source, 0, (20 if kind == "file" else 21) * MIB))
 

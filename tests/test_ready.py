@@ -22,7 +22,7 @@ from wave_proxy.image.request import ContainerConfig
 from wave_proxy.serve import ready
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.messages import Body, Reply, Request, Terms
-from wave_proxy.serve.ready import ReadyReplies
+from wave_proxy.serve.ready import ReadyReplies, Wire
 from wave_proxy.serve.stats import RequestStats
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import connect
@@ -465,13 +465,19 @@ async def test_memory_is_bounded(redis_url: str, monkeypatch: pytest.MonkeyPatch
         assert (kept._bytes, kept._replies, kept._by_token) == (0, {}, {})
 
 
+def keep_and_remember(kept: ReadyReplies) -> tuple[Request, Wire]:
+    """A reply of the token "aaa…" is kept, and known by ``b"the same bytes"``."""
+    request, reply = asked(1, token="a" * 32)
+    kept.keep(request, reply, kept.endings)
+    wire = kept.answer(request)
+    assert wire is not None
+    kept.remember(b"the same bytes", wire)
+    return request, wire
+
+
 async def test_what_was_dropped_is_kept_alive_by_nothing(redis_url: str) -> None:
     async with replies(redis_url) as kept:
-        request, reply = asked(1, token="a" * 32)
-        kept.keep(request, reply, kept.endings)
-        wire = kept.answer(request)
-        assert wire is not None
-        kept.remember(b"the same bytes", wire)
+        _, wire = keep_and_remember(kept)
         kept.forget_token("a" * 32)
         assert (wire.content, wire.ready.body, wire.ready.reply.body) == (b"", b"", b"")
 
@@ -497,11 +503,7 @@ async def test_long_targets_and_bodies_that_are_not_sent_take_no_more_memory(
 
 async def test_what_was_dropped_is_not_found_by_its_bytes(redis_url: str) -> None:
     async with replies(redis_url) as kept:
-        request, reply = asked(1, token="a" * 32)
-        kept.keep(request, reply, kept.endings)
-        wire = kept.answer(request)
-        assert wire is not None
-        kept.remember(b"the same bytes", wire)
+        request, wire = keep_and_remember(kept)
         assert kept.answer_bytes(b"the same bytes", "192.0.2.1") is wire
         kept.forget_token("b" * 32)
         assert kept.answer_bytes(b"the same bytes", "192.0.2.1") is wire

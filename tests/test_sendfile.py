@@ -1,10 +1,9 @@
 """Files into real sockets under uvloop: whole, growing, cut short; and nothing left behind whatever the reader does."""
 
 import asyncio
-import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -13,6 +12,7 @@ import pytest
 import uvloop
 
 from bench.images import random_blob
+from tests.growing import Growing, open_files
 from wave_proxy.errors import UpstreamUnavailable
 from wave_proxy.serve.messages import FileBody
 from wave_proxy.serve.sendfile import SHARE_BYTES, send_file
@@ -85,53 +85,6 @@ def the_loop() -> WatchedLoop:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, WatchedLoop)
     return loop
-
-
-def open_files() -> int:
-    """How many files and sockets this process has open; the loop keeps a spare one at hand, which is /dev/null."""
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/self/fd/{name}") != os.devnull
-    return found
-
-
-class Growing:
-    """A file that may be written while it is sent."""
-
-    def __init__(self, path: Path, content: bytes = b"") -> None:
-        path.touch()
-        self.path = path
-        self.fd = os.open(path, os.O_RDONLY)
-        self.written = 0
-        self.error: Exception | None = None
-        self.waits = 0
-        self._grown = asyncio.Event()
-        self.grow(content)
-
-    def grow(self, content: bytes) -> None:
-        with self.path.open("ab") as file:
-            file.write(content)
-        self.written += len(content)
-        self._grown.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self._grown.set()
-
-    def readable(self) -> int:
-        return self.written
-
-    async def wait(self, offset: int) -> None:
-        self.waits += 1
-        while self.written <= offset:
-            if self.error:
-                raise self.error
-            self._grown.clear()
-            await self._grown.wait()
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 class Stuck(Growing):

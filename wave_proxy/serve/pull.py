@@ -112,10 +112,10 @@ class Puller:
 
     async def _count(self, request: Request, target: Target) -> None:
         """Let a pull in, and count it. Raises TooManyRequests, StateUnavailable."""
-        subject = subject_of("pull", target.email or None, request.client)
+        subject = subject_of("pull", target.email, request.client)
         if not self._quotas.try_admit(subject):
             await self._quotas.admit(subject)
-        self._usage.count(target.email or None, target.config.has_fusion)
+        self._usage.count(target.email, target.config.has_fusion)
 
     def _terms(self, found: _Found, target: Target, *, is_pull: bool) -> Terms | None:
         """How long the same answer holds: not beyond the tag's next question, nor the token's end."""

@@ -7,7 +7,6 @@ one kind send the same ones, and then nothing has to be parsed.
 
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from time import monotonic, time
 
 from wave_proxy.serve.messages import Reply, Request, Terms, format_head
@@ -138,7 +137,7 @@ class ReadyReplies:
             3 * len(body) + len(request.target) + 2 * _OVERHEAD_BYTES,  # itself and two wires
             terms.until,
             subject,
-            self._usage.cell(terms.email or None, terms.fusion) if terms.is_pull else None,
+            self._usage.cell(terms.email, terms.fusion) if terms.is_pull else None,
             self._stats.first_byte[terms.kind, terms.state, reply.status],
         )
 
@@ -160,7 +159,7 @@ class ReadyReplies:
         if now >= ready.until:
             return False
         if ready.cell is not None:
-            if not self._quotas.try_admit(ready.subject or _anonymous(client)):
+            if not self._quotas.try_admit(ready.subject or subject_of("pull", None, client)):
                 return False
             ready.cell.pulls += 1
         if now >= wire.renew_at:
@@ -181,8 +180,3 @@ def _renew(wire: Wire, now: float) -> None:
 def age_s(confirmed: float, now: float) -> int:
     """Whole seconds since ``confirmed`` (both epoch seconds), for an Age header."""
     return max(int(now - confirmed), 0)
-
-
-@lru_cache(65536)
-def _anonymous(client: str) -> Subject:
-    return subject_of("pull", None, client)

@@ -172,12 +172,12 @@ class Subject:
         object.__setattr__(self, "key", f"{self.kind}:{'user' if self.identified else 'address'}:{self.name}")
 
 
+@lru_cache(65536)
 def subject_of(kind: Kind, email: str | None, address: str) -> Subject:
     """Who is counted: the e-mail if there is one, else the address, of which IPv6 counts by /64."""
     return Subject(kind, email, True) if email else Subject(kind, _network(address), False)
 
 
-@lru_cache(65536)
 def _network(address: str) -> str:
     try:
         parsed = ip_address(address)
