@@ -221,8 +221,8 @@ class QuotaSettings(_Section):
 
     pull_anonymous: Quota = Field("100/1h", description="Pulls without a user.")
     pull_identified: Quota = Field("2000/1m", description="Pulls of a known user.")
-    build_anonymous: Quota = Field("25/1d", description="Builds without a user; takes effect when builds do.")
-    build_identified: Quota = Field("250/1h", description="Builds of a known user; takes effect when builds do.")
+    build_anonymous: Quota = Field("25/1d", description="Builds without a user.")
+    build_identified: Quota = Field("250/1h", description="Builds of a known user.")
     wait: DurationOrNone = Field(
         10.0, description='A pull over its limit is held when it can be let in within this time; `"0s"`: never.'
     )
@@ -237,15 +237,65 @@ class QuotaSettings(_Section):
 
 
 class BuildSettings(_Section):
-    """Builds. *Checked, not in effect yet: requests for builds are answered with 501.*"""
+    """Builds from container files and packages, by the builder."""
 
     engine: Literal["buildah", "buildkit", "assemble", "kubernetes", "none"] = Field(
-        "buildah", description="What runs a build."
+        "buildah",
+        description="What runs a build: `buildah` on the builder's machine, or a remote `buildkit`; `none`: requests "
+        "for builds are refused with 501. *`assemble` and `kubernetes` are not supported yet.*",
     )
-    repository: str = Field("", description="Where images are pushed; empty: the local one.")
-    max_running: int = Field(4, ge=1, description="Builds at the same time.")
-    timeout: Duration = Field(900.0, description="Limit on one build.")
-    pull_wait: Duration = Field(270.0, description="How long a pull of an image that is still building is held.")
+    repository: str = Field(
+        "", description="Where images are pushed that a request names no repository for; empty: `<server>/local/build`."
+    )
+    cache_repository: str = Field(
+        "",
+        description="Where layers of such builds are kept to be used again, if the request does not say; empty: none.",
+    )
+    conda_template: Literal["conda/micromamba:v1", "conda/micromamba:v2", "conda/pixi:v1"] = Field(
+        "conda/micromamba:v1", description="Template of Conda builds whose request names none."
+    )
+    compression: Literal["gzip", "estargz", "zstd"] = Field(
+        "gzip", description="Compression of layers for requests that name none."
+    )
+    max_running: int = Field(4, ge=1, description="Builds at the same time, all builders together.")
+    max_running_per_user: int | None = Field(
+        None, ge=1, description="Of these, builds of one user, or of one address without a user. Unset: all."
+    )
+    slots: int | None = Field(
+        None, ge=1, description="Builds at the same time in one builder process. Unset: as many as `max_running`."
+    )
+    timeout: Duration = Field(900.0, description="Limit on one build, from its start to the pushed image.")
+    pull_wait: Duration = Field(
+        270.0,
+        description="How long a pull of an image that is still building is held; then it is answered with 503. "
+        "containerd from 2.3 on gives up earlier, and is held for 25 s at most.",
+    )
+    memory: Size = Field(4 * 10**9, description="Limit on the memory of one build.")
+    processes: int = Field(2048, ge=16, description="Limit on the processes and threads of one build.")
+    disk: Size = Field(20 * 10**9, description="Limit on the disk space of one build.")
+    log_bytes: Size = Field(16 * 10**6, description="Limit on one build's log; a build that writes more fails.")
+    log_retention: Duration = Field(7 * 86400.0, description="How long builds and their logs can be looked up.")
+    failure_memory: Duration = Field(
+        50.0, description="For so long an equal request gets the failed build's answer; after that it is built again."
+    )
+    network: Literal["isolated", "host"] = Field(
+        "isolated",
+        description="`isolated`: a build reaches other machines through the builder's own HTTP proxy alone, which "
+        "refuses private and loopback addresses; `host`: it has the network of the machine, services on loopback "
+        "included.",
+    )
+    allow_private: tuple[str, ...] = Field(
+        (),
+        description="Private or loopback `host:port` that isolated builds may reach: a mirror of Conda channels, say.",
+    )
+    buildkit_address: str = Field(
+        "", description="Where `buildkitd` listens, such as `tcp://buildkit:1234`, for the engine `buildkit`."
+    )
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="What builders authorise themselves with to push to local repositories. Needed by `proxy` and "
+        "`builder` when they run apart; `serve` makes its own.",
+    )
 
 
 class Settings(BaseModel):
@@ -399,7 +449,7 @@ def receive() -> Settings:
     return load(Path(config_file) if config_file else None, {})
 
 
-_SECRET_KEYS = ("password", "redis_url", "accounts")
+_SECRET_KEYS = ("password", "redis_url", "accounts", "secret")
 
 
 def _explain(error: Any) -> str:
