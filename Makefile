@@ -4,12 +4,13 @@ SETUP_INPUTS := scripts/setup pyproject.toml setup.py $(wildcard wave_proxy/_fas
 KERNELS := wave_proxy._fast.digest wave_proxy._fast.manifest wave_proxy._fast.window
 ARGS ?=
 
-.PHONY: help demo test check bench bench-kernels venv docs dist clean
+.PHONY: help demo test check conformance bench bench-kernels venv docs dist clean
 
 help:
 	@echo 'make demo    start everything on free ports, request an image, pull it with 50 clients, show how fast'
 	@echo 'make test    run the tests (ARGS="-k name" for some); installs missing Debian packages when it may'
 	@echo 'make check   ruff, mypy, the stubs of the kernels, the import rules'
+	@echo 'make conformance   the distribution spec'"'"'s own suite against local repositories (needs Go)'
 	@echo 'make bench   wave-proxy beside nginx and distribution, a quick run (ARGS="--only warm-manifest" for a part)'
 	@echo 'make bench-kernels   the Cython kernels beside plain Python'
 	@echo 'make venv    only the environment for development: .venv, with the kernels compiled in place'
@@ -30,6 +31,9 @@ check: .venv/.ready-check
 	$(PYTHON) -m mypy
 	$(PYTHON) -m mypy.stubtest $(KERNELS)
 	$(PYTHON) -m pytest -q tests/test_architecture.py
+
+conformance: .venv/.ready-test
+	PYTHONPATH="$(CURDIR)" $(PYTHON) scripts/conformance/run.py
 
 bench: .venv/.ready-runtime
 	$(PYTHON) -m bench --quick $(ARGS)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -12,25 +13,31 @@ from functools import partial
 from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM, socket
 from typing import NoReturn
-from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
 
-from api.accounts import Accounts
 from api.app import create_app
+from api.builds import Builds
 from api.containers import Containers
 from api.locations import OpenHosts, address_of
-from wave_proxy.config import ConfigInvalid, Settings, receive
+from api.orders import Orders
+from api.planning import BuildDefaults, Planner
+from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
+from wave_proxy.image.limit import parse_limit
 from wave_proxy.logs import configure
-from wave_proxy.readiness import say_ready
-from wave_proxy.state.redis import check, connect, wait_until_up
+from wave_proxy.readiness import raise_file_limit, say_ready
+from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.quota import Quotas
+from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.egress import Egress, Endpoint
 from wave_proxy.upstream.registry import Registry
-from wave_proxy.upstream.tables import read_credentials, read_endpoints
+from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_own
 
 # Connections from the proxy are reused; it should be the one to close them.
 _KEEP_ALIVE_S = 300
@@ -46,6 +53,7 @@ def main() -> None:
     try:
         settings = receive()
         configure(settings.log.format, settings.log.level, "api")
+        raise_file_limit()
         uvloop.run(_serve(settings, path))
     except (ConfigInvalid, StateUnavailable, OSError, ValueError) as err:
         sys.exit(f"wave-proxy api: {err}")
@@ -83,8 +91,27 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
+    registry = _registry(settings, endpoints, stack)
+    tokens = TokenStore(redis, settings.tokens.retention)
+    builds = _builds(settings.build, redis)
+    containers = Containers(
+        tokens,
+        registry,
+        accounts,
+        _open_hosts(endpoints),
+        _orders(settings, redis, Planner(registry, tokens, _defaults(settings)), builds, stack),
+        public_url=settings.public_url,
+        lifetime_s=settings.tokens.lifetime,
+        max_body_bytes=settings.http.max_body_bytes,
+    )
+    endpoints_of_builds = Builds(builds, accounts)
+    stack.push_async_callback(endpoints_of_builds.close)
+    return create_app(containers, endpoints_of_builds, partial(check, redis))
+
+
+def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:
     egress = Egress(
-        endpoints,
+        with_own(endpoints, settings.authority, settings.own_url),
         connect_timeout_s=settings.upstream.connect_timeout,
         response_timeout_s=settings.upstream.response_timeout,
         idle_timeout_s=settings.upstream.idle_timeout,
@@ -93,16 +120,47 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(egress.close)
     registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
-    containers = Containers(
-        TokenStore(redis, settings.tokens.retention),
-        registry,
-        accounts,
-        _open_hosts(endpoints),
-        authority=urlsplit(settings.public_url).netloc,
-        lifetime_s=settings.tokens.lifetime,
-        max_body_bytes=settings.http.max_body_bytes,
+    return registry
+
+
+def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
+    return BuildStore(
+        redis,
+        BuildLimits(settings.max_running, settings.max_running_per_user),
+        retention_s=settings.log_retention,
+        failure_memory_s=settings.failure_memory,
     )
-    return create_app(containers, partial(check, redis))
+
+
+def _defaults(settings: Settings) -> BuildDefaults:
+    build = settings.build
+    return BuildDefaults(
+        repository=build.repository or f"{settings.authority}/local/build",
+        cache_repository=build.cache_repository,
+        conda_template=build.conda_template,
+        compression=build.compression,
+        timeout_s=build.timeout,
+        kept_s=build.log_retention,
+    )
+
+
+def _orders(settings: Settings, redis: Redis, planner: Planner, builds: BuildStore, stack: AsyncExitStack) -> Orders:
+    quotas = Quotas(
+        redis,
+        {
+            ("build", False): parse_limit(settings.quota.build_anonymous),
+            ("build", True): parse_limit(settings.quota.build_identified),
+        },
+        wait_s=settings.quota.wait,
+        max_waiting=settings.quota.max_waiting,
+        open_when_down=settings.quota.when_redis_is_down == "open",
+    )
+    usage = Usage(redis)
+    stack.push_async_callback(usage.close)
+    stack.push_async_callback(quotas.close)
+    for coroutine in (quotas.run(), usage.run(), usage.follow_days()):
+        stack.push_async_callback(cancel, asyncio.create_task(coroutine))
+    return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
 
 
 def _open_hosts(endpoints: dict[str, Endpoint]) -> OpenHosts:

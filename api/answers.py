@@ -1,11 +1,13 @@
 """What container requests look like in answers: names, forms, and which members are left out (``wave.md`` §0.1)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
+from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
 from wave_proxy.state.tokens import TokenRecord
@@ -50,28 +52,51 @@ def _public_name(reference: Reference, config: ContainerConfig) -> str:
     return f"{reference.repository}:{'-'.join(reference.reference.split(':'))[:19]}"
 
 
-def submitted(token: str, request: ContainerRequest, authority: str, *, legacy: bool) -> dict[str, Any]:
-    """The answer to a container request. Source: ``wave.md`` §1.2."""
-    answer = {
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a request for an image that is built.
+
+    ``cached``: nothing was begun for it. ``succeeded`` is None while nobody knows. Without ``build_id`` the image was
+    there, and no record of who built it.
+    """
+
+    build_id: str = ""
+    cached: bool = False
+    succeeded: bool | None = None
+
+
+def submitted(
+    token: str, request: ContainerRequest, authority: str, *, legacy: bool, built: Outcome | None = None
+) -> dict[str, Any]:
+    """The answer to a container request. Source: ``wave.md`` §1.2, vectors V17."""
+    answer: dict[str, Any] = {
         "requestId": token,
         "containerToken": token,
-        "targetImage": target_image(authority, token, request),
+        "targetImage": request.image if request.freeze else target_image(authority, token, request),
         "expiration": format_instant(request.expires),
         "containerImage": request.image,
     }
-    return answer if legacy else {**answer, "freeze": False, "mirror": False, "succeeded": True}
+    if legacy:
+        return filled({**answer, "buildId": built.build_id if built and not built.cached else None})
+    if request.freeze:
+        del answer["containerToken"], answer["expiration"]
+    if built is None:
+        return {**answer, "freeze": False, "mirror": False, "succeeded": True}
+    ids = {"buildId": built.build_id, "cached": built.cached} if built.build_id else {}
+    return filled({**answer, **ids, "freeze": request.freeze, "mirror": False, "succeeded": built.succeeded})
 
 
-def described(record: TokenRecord, authority: str) -> dict[str, Any]:
-    """A request as it was recorded. Source: ``wave.md`` §1.5."""
+def described(record: TokenRecord, build: BuildRecord | None, authority: str) -> dict[str, Any]:
+    """A request as it was recorded, with the build of its image, if there is one. Source: ``wave.md`` §1.5."""
     request = record.request
     return filled(
         {
             "id": record.token,
             **_asked(request),
+            **_build(request, build),
             "sourceImage": request.image,
             "sourceDigest": record.source_digest,
-            "waveImage": target_image(authority, record.token, request),
+            "waveImage": _own_name(record, authority),
             "waveDigest": record.wave_digest,
             "expiration": format_instant(request.expires),
             "fusionVersion": request.config.fusion_version,
@@ -80,28 +105,65 @@ def described(record: TokenRecord, authority: str) -> dict[str, Any]:
     )
 
 
-def described_legacy(record: TokenRecord, authority: str) -> dict[str, Any]:
+def described_legacy(record: TokenRecord, build: BuildRecord | None, authority: str) -> dict[str, Any]:
     """The same in the older form. Source: ``wave.md`` §1.3."""
     request = record.request
-    target = target_image(authority, record.token, request)
     return {
         "token": record.token,
         "expiration": format_instant(request.expires),
         "request": _asked(request),
-        "build": {},
+        "build": filled(_build(request, build)),
         "source": filled({"image": request.image, "digest": record.source_digest}),
-        "wave": filled({"image": target, "digest": record.wave_digest}),
+        "wave": filled({"image": _own_name(record, authority), "digest": record.wave_digest}),
     }
 
 
 def status_of(record: TokenRecord, now: float) -> dict[str, Any]:
-    """How far a request is: one for a plain image is done when it is recorded. Source: ``wave.md`` §1.6."""
+    """How far a request for an image that is not built is: done when it is recorded. Source: ``wave.md`` §1.6."""
     return {
         "id": record.token,
         "status": "DONE",
         "succeeded": True,
         "creationTime": format_instant(record.request.created),
         "duration": format_seconds(now - record.request.created),
+    }
+
+
+def status_of_build(record: TokenRecord, build: BuildRecord, public_url: str) -> dict[str, Any]:
+    """How far a request is whose image is built. Source: ``wave.md`` §1.6, vectors V36."""
+    answer: dict[str, Any] = {
+        "id": record.token,
+        "status": "BUILDING" if build.phase != "done" else "DONE",
+        "buildId": build.build_id,
+        "creationTime": format_instant(build.created),
+    }
+    if build.duration_s is not None:
+        answer |= {"succeeded": build.succeeded, "duration": format_seconds(build.duration_s)}
+    if build.succeeded is False:
+        answer["reason"] = "Container build did not complete successfully"
+        answer["detailsUri"] = f"{public_url}/view/builds/{build.build_id}"
+    return answer
+
+
+def _own_name(record: TokenRecord, authority: str) -> str:
+    request = record.request
+    return request.image if request.freeze else target_image(authority, record.token, request)
+
+
+def _build(request: ContainerRequest, build: BuildRecord | None) -> dict[str, Any]:
+    """What is told of the build: its texts as they were used, and where its image and its layers went."""
+    if not request.build_id:
+        return {}
+    answer = {"buildId": request.build_id, "buildNew": request.build_new, "freeze": request.freeze}
+    if build is None:
+        return answer
+    spec = build.spec
+    return {
+        **answer,
+        "containerFile": spec.container_file,
+        "condaFile": spec.conda_file,
+        "buildRepository": spec.build_repository,
+        "cacheRepository": spec.cache_repository,
     }
 
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from api.builds import Builds
 from api.containers import Containers
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
@@ -17,7 +18,7 @@ from api.shield import Shield
 from wave_proxy.errors import BodyTooLarge, Unauthorized, WaveError
 
 
-def create_app(containers: Containers, check_state: Callable[[], Awaitable[None]]) -> Starlette:
+def create_app(containers: Containers, builds: Builds, check_state: Callable[[], Awaitable[None]]) -> Starlette:
     """The application. ``check_state`` raises StateUnavailable when Redis does not answer."""
     app = Starlette(
         routes=[
@@ -27,6 +28,7 @@ def create_app(containers: Containers, check_state: Callable[[], Awaitable[None]
             Route("/container-token", containers.submit_legacy, methods=["POST"]),
             Route("/container-token/{token}", containers.describe_legacy),
             Route("/container-token/{token}", containers.delete, methods=["DELETE"]),
+            *builds.routes,
             Route("/service-info", service_info),
             Route("/health", Health(check_state).show),
             Route("/robots.txt", robots),

@@ -1,36 +1,37 @@
 """Container requests: asked for, described, ended."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from re import compile as compile_pattern
 from time import time
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.accounts import Accounts
-from api.answers import described, described_legacy, parse_timestamp, status_of, submitted
+from api.answers import (
+    Outcome,
+    described,
+    described_legacy,
+    parse_timestamp,
+    status_of,
+    status_of_build,
+    submitted,
+)
 from api.body import read_object
 from api.includes import fetch_layers
+from api.inspection import explained
 from api.locations import OpenHosts
+from api.orders import Orders
+from api.planning import wants_build
 from api.replies import json_reply
 from api.rules import check_rules, check_supported
 from api.schema import Submission, parse_submission
-from wave_proxy.errors import (
-    BlobUnknown,
-    ContentMismatch,
-    Denied,
-    HostUnknown,
-    ManifestUnknown,
-    NameUnknown,
-    RequestInvalid,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-)
+from wave_proxy.errors import ContentMismatch, RequestInvalid
+from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
-from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
+from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 from wave_proxy.upstream.registry import Registry
 
@@ -38,6 +39,7 @@ DEFAULT_ENDPOINT = "https://api.cloud.seqera.io"
 CLIENT_HEADER = "x-wave-client"  # the client's address, from the proxy, which overwrites what clients send
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
+_CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
 # Hosts of former names of the Platform. Source: ``wave.md`` §4.2.
 _RENAMED = {"/api.tower.nf": "/api.cloud.seqera.io", "/api.stage-tower.net": "/api.cloud.stage-seqera.io"}
 
@@ -45,7 +47,8 @@ _RENAMED = {"/api.tower.nf": "/api.cloud.seqera.io", "/api.stage-tower.net": "/a
 class Containers:
     """The endpoints of container requests.
 
-    ``authority`` is the host and port that image names begin with; ``lifetime_s`` is how long a token can be pulled.
+    ``public_url`` is the address that image names begin with, scheme included; ``lifetime_s`` is how long a token can
+    be pulled.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Containers:
         registry: Registry,
         accounts: Accounts,
         hosts: OpenHosts,
+        orders: Orders,
         *,
-        authority: str,
+        public_url: str,
         lifetime_s: float,
         max_body_bytes: int,
     ) -> None:
@@ -63,7 +67,9 @@ class Containers:
         self._registry = registry
         self._accounts = accounts
         self._hosts = hosts
-        self._authority = authority
+        self._orders = orders
+        self._public_url = public_url
+        self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
         self._max_body_bytes = max_body_bytes
 
@@ -80,20 +86,29 @@ class Containers:
     async def describe(self, request: Request) -> Response:
         """GET /v1alpha2/container/{token}"""
         record = await self._find(request.path_params["token"])
-        return json_reply(described(record, self._authority)) if record else Response(status_code=404)
+        if record is None:
+            return Response(status_code=404)
+        return json_reply(described(record, await self._find_build(record), self._authority))
 
     async def status(self, request: Request) -> Response:
         """GET /v1alpha2/container/{token}/status: Nextflow asks several times a second for each waiting task."""
         record, now = await self._find(request.path_params["token"]), time()
         if record is None or not record.is_valid(now):
             return Response(status_code=404)
-        return json_reply(status_of(record, now))
+        if not record.request.build_id:
+            return json_reply(status_of(record, now))
+        build = await self._find_build(record)
+        if build is None:
+            return json_reply({"message": f"Missing container build record with id: {record.request.build_id}"}, 404)
+        return json_reply(status_of_build(record, build, self._public_url))
 
     async def describe_legacy(self, request: Request) -> Response:
         """GET /container-token/{token}"""
         token = request.path_params["token"]
         record = await self._find(token)
-        return json_reply(described_legacy(record, self._authority)) if record else _missing(token)
+        if record is None:
+            return _missing(token)
+        return json_reply(described_legacy(record, await self._find_build(record), self._authority))
 
     async def delete(self, request: Request) -> Response:
         """DELETE /container-token/{token}"""
@@ -108,31 +123,33 @@ class Containers:
     async def _find(self, token: str) -> TokenRecord | None:
         return await self._tokens.find_record(token) if _TOKEN.fullmatch(token) else None
 
+    async def _find_build(self, record: TokenRecord) -> BuildRecord | None:
+        return await self._orders.find(record.request.build_id) if record.request.build_id else None
+
     async def _submit(self, request: Request, *, legacy: bool) -> Response:
         submission = parse_submission(await read_object(request, self._max_body_bytes), self._hosts)
         check_rules(submission, legacy=legacy)
         check_supported(submission)
-        wanted = await self._resolve(submission, _client_address(request))
+        wanted, built = await self._resolve(submission, _client_address(request))
         token = await self._record(wanted)
-        return json_reply(submitted(token, wanted, self._authority, legacy=legacy))
+        headers = _CONDA_FILE_WARNING if submission.conda_file and not legacy else None
+        answer = submitted(token, wanted, self._authority, legacy=legacy, built=built)
+        return json_reply(answer, headers=headers)
 
-    async def _resolve(self, submission: Submission, ip_address: str) -> ContainerRequest:
-        """What is recorded for a submission; its images are known to exist."""
-        reference = parse_reference(submission.container_image or "")
+    async def _resolve(self, submission: Submission, ip_address: str) -> tuple[ContainerRequest, Outcome | None]:
+        """What is recorded for a submission, its image known to exist or being built; and what came of its build."""
         platforms = parse_platforms(submission.container_platform) if submission.container_platform else ()
-        includes = tuple(submission.container_includes or ())
-        if includes and not platforms:
-            # Their layers are of one platform, and must not end up in an image of another.
+        includes, is_built = tuple(submission.container_includes or ()), wants_build(submission)
+        if (includes or is_built) and not platforms:
+            # Built and included layers are of one platform, and must not end up in an image of another.
             platforms = (LINUX_AMD64,)
-        included = await self._include(includes, platforms)
-        with _explained(reference):
-            await self._registry.head_manifest(reference.registry, reference.repository, reference.reference)
-        now = time()
-        return ContainerRequest(
-            image=str(reference),
-            config=_with_layers(submission.config, included),
+        config = _with_layers(submission.config, await self._include(includes, platforms))
+        now, identity = time(), _identity(submission)
+        wanted = ContainerRequest(
+            image=submission.container_image or "",
+            config=config,
             platforms=tuple(str(platform) for platform in platforms),
-            identity=_identity(submission),
+            identity=identity,
             fingerprint=submission.fingerprint or "",
             timestamp=_valid_timestamp(submission.timestamp or ""),
             ip_address=ip_address,
@@ -141,12 +158,34 @@ class Containers:
             created=now,
             expires=now + self._lifetime_s,
         )
+        return await self._order(submission, wanted) if is_built else (await self._check_image(wanted), None)
+
+    async def _check_image(self, wanted: ContainerRequest) -> ContainerRequest:
+        """The same with its image's whole name, which exists."""
+        reference = parse_reference(wanted.image)
+        with explained(reference):
+            await self._registry.head_manifest(reference.registry, reference.repository, reference.reference)
+        return replace(wanted, image=str(reference))
+
+    async def _order(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
+        """The same for the image that is built for it, and how far that is."""
+        spec = await self._orders.plan(submission, wanted)
+        built = await self._orders.place(spec, dry_run=wanted.dry_run)
+        asked = replace(
+            wanted,
+            image=spec.image,
+            config=ContainerConfig() if spec.freeze else wanted.config,
+            build_id=built.build_id,
+            build_new=bool(built.build_id) and not built.cached,
+            freeze=spec.freeze,
+        )
+        return asked, built
 
     async def _include(self, names: tuple[str, ...], platforms: tuple[Platform, ...]) -> tuple[Layer, ...]:
         layers: tuple[Layer, ...] = ()
         for position, name in enumerate(names):
             try:
-                with _explained(parse_reference(name)):
+                with explained(parse_reference(name)):
                     layers += await fetch_layers(self._registry, name, platforms[0])
             except RequestInvalid as err:
                 raise RequestInvalid(f"containerIncludes[{position}]: {err}") from None
@@ -157,20 +196,6 @@ class Containers:
             return await self._tokens.put(wanted)
         except ContentMismatch as err:  # of an inline layer: the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
-
-
-@contextmanager
-def _explained(image: Reference) -> Iterator[None]:
-    """What goes wrong with an upstream image, in the words and statuses of a container request's answer."""
-    unknown = f"Container image '{image}' does not exist or access is not authorized"
-    try:
-        yield
-    except (Denied, HostUnknown) as err:
-        raise RequestInvalid(f"{unknown} - Cause: {err}") from None
-    except (ManifestUnknown, NameUnknown, BlobUnknown):
-        raise RequestInvalid(unknown) from None
-    except (UpstreamUnavailable, UpstreamTimeout) as err:
-        raise UpstreamUnavailable(f"Registry '{image.registry}' is not available, try again later: {err}") from err
 
 
 def _with_layers(config: ContainerConfig, layers: tuple[Layer, ...]) -> ContainerConfig:

@@ -26,28 +26,15 @@ def check_rules(request: Submission, *, legacy: bool) -> None:
 
 
 def check_supported(request: Submission) -> None:
-    """Raises NotImplementedHere, in the service's own words, for what takes a build, a mirror or a scan.
-
-    Attributes that only say how a build would be done (repositories, compression, template) do not make one: Nextflow
-    sends them with requests for plain images too, when its configuration has them.
-    """
+    """Raises NotImplementedHere, in the service's own words, for what takes a mirror or a scan."""
     if request.scan_mode in ("async", "required"):
-        raise _not_enabled("Security scan", "scan")
+        raise not_enabled("Security scan", "scan")
     if request.mirror:
-        raise _not_enabled("Container mirror", "mirror")
-    wants_build = (
-        request.container_file,
-        request.packages,
-        request.conda_file,
-        request.freeze,
-        request.build_context,
-        request.name_strategy,
-    )
-    if any(wants_build):
-        raise _not_enabled("Container build", "build")
+        raise not_enabled("Container mirror", "mirror")
 
 
-def _not_enabled(service: str, key: str) -> NotImplementedHere:
+def not_enabled(service: str, key: str) -> NotImplementedHere:
+    """What a server says that does not have a service. Source: ``wave.md`` §4.8, 5."""
     return NotImplementedHere(
         f"{service} service is not enabled - Check Wave configuration setting 'wave.{key}.enabled'"
         " - HTTP status=501 - response=-"

@@ -261,7 +261,7 @@ class PackagesSpec(_Wire):
     """Packages to build an image from."""
 
     type: Literal["CONDA", "CRAN"] | None = None
-    environment: Annotated[str | None, _ABSENT] = None
+    environment: Annotated[Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT] = None
     entries: Texts = None
     channels: Texts = None
     conda_opts: CondaOptions | None = None

@@ -1,16 +1,34 @@
 """``python -m builder``: one builder process, configured as the proxy is (WAVE_CONFIG_FILE and environment)."""
 
 import asyncio
+import os
 import signal
+import socket
 import sys
+from contextlib import AsyncExitStack
+from secrets import token_hex
 
 import structlog
 
+from builder.engines import Engine, EngineMissing
+from builder.engines.buildah import Buildah
+from builder.engines.buildkit import BuildKit
+from builder.engines.missing import MissingEngine
+from builder.gate import Gate
+from builder.limits import Limits
+from builder.pipeline import Pipeline
 from builder.worker import Worker
-from wave_proxy.config import ConfigInvalid, Settings, receive
+from builder.workspace import Workspaces
+from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
-from wave_proxy.state.redis import connect
+from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.redis import Redis, connect, wait_until_up
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.credentials import Login
+from wave_proxy.upstream.egress import Egress
+from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_own
 
 log = structlog.get_logger()
 
@@ -21,12 +39,72 @@ async def run(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    redis = connect(settings.redis_url.get_secret_value())
-    try:
-        await Worker(redis).run(stop)
-    finally:
-        await redis.aclose()
+    async with AsyncExitStack() as stack:
+        redis = connect(settings.redis_url.get_secret_value())
+        stack.push_async_callback(redis.aclose)
+        await wait_until_up(redis)
+        log.debug("builder is running", engine=settings.build.engine)
+        if settings.build.engine == "none":
+            await stop.wait()
+        else:
+            worker = await _compose(settings, redis, stack)
+            await worker.run(stop, settings.shutdown_grace)
     log.info("builder stopped")
+
+
+async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> Worker:
+    egress = Egress(
+        with_own(read_endpoints(settings.registries), settings.authority, settings.own_url),
+        connect_timeout_s=settings.upstream.connect_timeout,
+        response_timeout_s=settings.upstream.response_timeout,
+        idle_timeout_s=settings.upstream.idle_timeout,
+        offline=settings.upstream.offline,
+    )
+    stack.push_async_callback(egress.close)
+    secret = settings.build.secret.get_secret_value()
+    own = {settings.authority: Login("_builder", secret)} if secret else {}
+    credentials = read_credentials(settings.registries, own)
+    registry = Registry(egress, credentials, attempts=settings.upstream.attempts)
+    stack.push_async_callback(registry.close)
+    tokens = TokenStore(redis, settings.tokens.retention)
+    workspaces = Workspaces(settings.data / "builds", registry, tokens, settings.build.disk)
+    await workspaces.remove_leftovers()
+    engine = await _engine(settings, egress)
+    pipeline = Pipeline(engine, workspaces, registry, tokens, credentials, settings.authority)
+    name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
+    return Worker(
+        _store(settings.build, redis), pipeline, name, slots=settings.build.slots or settings.build.max_running
+    )
+
+
+def _store(settings: BuildSettings, redis: Redis) -> BuildStore:
+    return BuildStore(
+        redis,
+        BuildLimits(settings.max_running, settings.max_running_per_user),
+        retention_s=settings.log_retention,
+        failure_memory_s=settings.failure_memory,
+    )
+
+
+async def _engine(settings: Settings, egress: Egress) -> Engine:
+    """The configured engine; one that fails every build with the reason when this machine can't run it."""
+    build = settings.build
+    limits = Limits(build.memory, build.processes, build.disk, build.log_bytes)
+    gate = Gate(egress, settings.own_url, build.allow_private) if build.network == "isolated" else None
+    engine: Engine
+    match build.engine:
+        case "buildah":
+            engine = Buildah(limits, gate, settings.own_url, settings.authority)
+        case "buildkit":
+            engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
+        case other:
+            engine = MissingEngine(f'[build] engine = "{other}" is not supported by this version yet')
+    try:
+        await engine.check()
+    except EngineMissing as err:
+        log.error("builds can't be run here, and fail until that is mended", reason=str(err))
+        return MissingEngine(str(err))
+    return engine
 
 
 def main() -> int:
@@ -42,7 +120,7 @@ def main() -> int:
         return 2
     try:
         asyncio.run(run(settings))
-    except StateUnavailable as err:
+    except (StateUnavailable, OSError) as err:
         log.error(str(err))
         return 1
     return 0

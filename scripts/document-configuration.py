@@ -68,7 +68,8 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     for kind, name in ((_DURATION, "duration"), (_SIZE, "size"), (_QUOTA, "quota")):
-        if kind in field.metadata:
+        choices = (*field.metadata, *(note for choice in get_args(field.annotation) for note in _notes(choice)))
+        if kind in choices:
             return name
     annotation: Any = field.annotation
     if get_origin(annotation) is Literal:
@@ -79,6 +80,10 @@ def _type(field: FieldInfo) -> str:
         return "list of texts"
     names = {str: "text", SecretStr: "text", Path: "path", bool: "true or false", int: "number"}
     return next(names[kind] for kind in (annotation, *get_args(annotation)) if kind in names)
+
+
+def _notes(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__metadata__", ())
 
 
 def _default(field: FieldInfo) -> str:

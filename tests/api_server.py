@@ -12,13 +12,20 @@ from typing import Any, Self
 import uvicorn
 from starlette.applications import Starlette
 
-from api.accounts import Accounts
 from api.app import create_app
+from api.builds import Builds
 from api.containers import Containers
 from api.locations import OpenHosts, address_of
+from api.orders import Orders
+from api.planning import BuildDefaults, Planner
 from tests.servers import Response, http_request
+from wave_proxy.image.limit import Limit
+from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import check, connect
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, endpoint_for
 from wave_proxy.upstream.registry import Registry
@@ -27,7 +34,10 @@ AUTHORITY = "wave.example:9090"
 
 
 class ApiServer:
-    """A context manager. ``upstreams`` are addresses that the configuration opens; registries are asked once."""
+    """A context manager. ``upstreams`` are addresses that the configuration opens; registries are asked once.
+
+    Builds are enabled with a ``build_repository`` for those whose request names none; nobody builds them here.
+    """
 
     def __init__(
         self,
@@ -37,12 +47,17 @@ class ApiServer:
         accounts: Mapping[str, str] | None = None,
         max_body_bytes: int = 1_000_000,
         lifetime_s: float = 3600.0,
+        build_repository: str = "",
+        quotas: Mapping[tuple[str, bool], Limit | None] | None = None,
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
         self._accounts = Accounts(accounts or {})
         self._max_body_bytes = max_body_bytes
         self._lifetime_s = lifetime_s
+        self._build_repository = build_repository
+        self._builds = bool(build_repository)
+        self._quotas = quotas or {}
         self._server: uvicorn.Server | None = None
         self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
         self._listener = socket()
@@ -67,16 +82,24 @@ class ApiServer:
         hosts = OpenHosts(
             frozenset(self._endpoints), frozenset(address_of(endpoint.url) for endpoint in self._endpoints.values())
         )
+        tokens, builds = TokenStore(redis), BuildStore(redis, BuildLimits(4))
+        usage, quotas = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0)
+        stack.push_async_callback(usage.close)
+        stack.push_async_callback(quotas.close)
+        planner = Planner(registry, tokens, BuildDefaults(self._build_repository))
         containers = Containers(
-            TokenStore(redis),
+            tokens,
             registry,
             self._accounts,
             hosts,
-            authority=AUTHORITY,
+            Orders(builds, planner, quotas, usage, enabled=self._builds),
+            public_url=f"http://{AUTHORITY}",
             lifetime_s=self._lifetime_s,
             max_body_bytes=self._max_body_bytes,
         )
-        return create_app(containers, partial(check, redis))
+        endpoints = Builds(builds, self._accounts)
+        stack.push_async_callback(endpoints.close)
+        return create_app(containers, endpoints, partial(check, redis))
 
     def __enter__(self) -> Self:
         self._thread.start()

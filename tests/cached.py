@@ -15,6 +15,7 @@ from wave_proxy.cache.fill import Fill, FillReader, ReadAlong
 from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.lead import Opener
+from wave_proxy.cache.local import LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore
 from wave_proxy.cache.repositories import OpenBlob, Repositories
 from wave_proxy.cache.tags import Tags
@@ -22,6 +23,7 @@ from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.transfer import BlobStream
 
 REPOSITORY = "lib/tool"
+AUTHORITY = "localhost:9090"  # of our own images
 ORIGIN = "registry"  # of the fills that tests join themselves
 
 
@@ -36,6 +38,7 @@ class Worker:
     fills: Fills
     tags: Tags
     repositories: Repositories
+    local: LocalRepositories
 
     def opener(self, upstream: Upstream, digest: str, repository: str = REPOSITORY) -> Opener:
         def opener(start: int, size: int | None) -> AbstractAsyncContextManager[BlobStream]:
@@ -71,9 +74,10 @@ async def worker(
         blobs, evictor = BlobStore(root), Evictor(root, max_bytes)
         grants, tags = Grants(root), Tags(root, ttl_s)
         fills = Fills(root, blobs, evictor, grants)
-        repositories = Repositories(registry, tags, ManifestStore(root), blobs, fills, grants)
+        local = LocalRepositories(root, blobs, AUTHORITY)
+        repositories = Repositories(registry, tags, ManifestStore(root), blobs, fills, grants, local)
         try:
-            yield Worker(root, registry, blobs, evictor, fills, tags, repositories)
+            yield Worker(root, registry, blobs, evictor, fills, tags, repositories, local)
         finally:
             await repositories.close()
     assert fills._tasks == set()

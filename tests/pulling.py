@@ -11,20 +11,26 @@ from typing import Any
 
 from bench.images import Layer as MadeLayer
 from bench.upstream import Upstream
-from tests.cached import Worker, worker
+from tests.cached import AUTHORITY, Worker, worker
 from tests.servers import PulledImage, Response, http_request, pull
+from wave_proxy.cache.uploads import Uploads
 from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.login import Logins
 from wave_proxy.serve.origin import ClientAddress
 from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.push import Pusher
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.stats import RequestStats
+from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import cancel, connect
 from wave_proxy.state.tokens import TokenStore
@@ -83,12 +89,17 @@ async def port(
         )
         quotas, usage, stats = Quotas(redis, limits or {}, wait_s=wait_s), Usage(redis), RequestStats()
         ready = ReadyReplies(quotas, usage, stats)
-        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready)
+        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready, AUTHORITY)
         stack.push_async_callback(augmenter.close)
         stack.push_async_callback(resolver.close)
         layers = Layers(one.repositories, one.registry, one.blobs, tokens)
-        puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage)
-        forwarder = Forwarder(unix_session(str(root / "no-api.sock"), limit=1))
+        holds = Holds(BuildStore(redis, BuildLimits(4)), 1.0)
+        stack.push_async_callback(holds.close)
+        uploads = Uploads(root, one.local, one.evictor, None)
+        stack.callback(uploads.close)
+        pusher = Pusher(one.local, uploads, Logins(Accounts({}), anonymous=True))
+        puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
+        forwarder = Forwarder(unix_session(str(root / "no-api.sock")))
         stack.push_async_callback(forwarder.close)
         background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]
         server = Server(App(puller, forwarder, stats, "none"), Limits(), ClientAddress(trusted), ready)

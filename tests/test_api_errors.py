@@ -87,7 +87,7 @@ def test_a_bad_digest_names_its_path(api: ApiServer) -> None:
 @pytest.mark.parametrize(
     "attributes", [{"containerFile": "YQ=="}, {"condaFile": "YQ=="}, {"packages": {"type": "CRAN"}}]
 )
-def test_builds_are_not_built_in_yet(api: ApiServer, attributes: dict[str, Any]) -> None:
+def test_a_server_without_builds_says_so(api: ApiServer, attributes: dict[str, Any]) -> None:
     assert api.refuse(**attributes) == (501, BUILD)
 
 

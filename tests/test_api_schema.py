@@ -9,6 +9,7 @@ import pytest
 from api.answers import described, filled, format_instant, format_seconds, parse_timestamp
 from api.body import MAX_COMMAS, decode_object
 from api.locations import MAX_URL_CHARS, OpenHosts, check_location
+from api.planning import wants_build
 from api.rules import check_rules, check_supported
 from api.schema import (
     MAX_ARGUMENT_BYTES,
@@ -783,13 +784,6 @@ def test_all_conflicts_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("attributes", "key"),
     [
-        pytest.param({"containerFile": "YQ=="}, "build", id="file"),
-        pytest.param({"packages": PACKAGES}, "build", id="packages"),
-        pytest.param({"packages": {"type": "CRAN"}, "containerImage": "a"}, "build", id="packages on an image"),
-        pytest.param({"condaFile": "YQ=="}, "build", id="conda file"),
-        pytest.param({"containerImage": "a", "freeze": True, "buildRepository": "a/b"}, "build", id="freeze"),
-        pytest.param({"containerImage": "a", "buildContext": a_layer()}, "build", id="context"),
-        pytest.param({"containerImage": "a", "nameStrategy": "none"}, "build", id="name strategy"),
         pytest.param(MIRROR, "mirror", id="mirror"),
         pytest.param({"containerImage": "a", "scanMode": "async"}, "scan", id="scan"),
         pytest.param({"containerFile": "YQ==", "scanMode": "required"}, "scan", id="scan of a build"),
@@ -806,6 +800,25 @@ def test_what_is_not_built_in_yet(attributes: dict[str, Any], key: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("attributes", "is_built"),
+    [
+        pytest.param({"containerFile": "YQ=="}, True, id="file"),
+        pytest.param({"packages": PACKAGES}, True, id="packages"),
+        pytest.param({"packages": {"type": "CRAN"}, "containerImage": "a"}, True, id="packages on an image"),
+        pytest.param({"condaFile": "YQ=="}, True, id="conda file"),
+        pytest.param({"containerImage": "a", "freeze": True, "buildRepository": "a/b"}, True, id="freeze"),
+        pytest.param({"containerImage": "a", "buildContext": a_layer()}, False, id="context"),
+        pytest.param({"containerImage": "a", "nameStrategy": "none"}, False, id="name strategy"),
+    ],
+)
+def test_what_takes_a_build(attributes: dict[str, Any], is_built: bool) -> None:
+    submission = parse(**attributes)
+    check_rules(submission, legacy=False)
+    check_supported(submission)
+    assert wants_build(submission) is is_built
+
+
 def test_settings_for_builds_do_not_make_a_plain_image_one() -> None:
     submission = parse(
         containerImage="ubuntu",
@@ -819,6 +832,7 @@ def test_settings_for_builds_do_not_make_a_plain_image_one() -> None:
     check_rules(submission, legacy=False)
     check_supported(submission)
     assert submission.build_repository == "a/b"
+    assert not wants_build(submission)
 
 
 # --- forms of answers ------------------------------------------------------------------------------------------------
@@ -883,4 +897,4 @@ def test_the_test_kits_inline_layer_is_accepted() -> None:
 def test_the_version_of_fusion(path: str, version: str | None) -> None:
     fusion = Layer(f"https://fusionfs.seqera.io/{path}", DIGEST, 1, DIGEST)
     record = TokenRecord("0" * 32, ContainerRequest("a", ContainerConfig(layers=(fusion,))), "", "", False)
-    assert described(record, "a").get("fusionVersion") == version
+    assert described(record, None, "a").get("fusionVersion") == version

@@ -10,7 +10,7 @@ import pytest
 from bench.upstream import Upstream
 from tests.outgoing import LOGIN, answer, egress_to, opened, scripted
 from wave_proxy.errors import AddressRefused, Denied, TooManyRequests, UpstreamError, UpstreamFailing
-from wave_proxy.upstream.bearer import BearerTokens, Challenge, choose_challenge
+from wave_proxy.upstream.bearer import BearerTokens, Challenge, Scope, choose_challenge
 from wave_proxy.upstream.egress import Egress
 
 Start = Callable[..., Upstream]
@@ -73,10 +73,10 @@ async def test_token_is_asked_for_once(upstream: Start) -> None:
     endpoint = opened(server.address)[server.address]
     challenge = Challenge("bearer", f"{server.url}/token", server.address)
     async with egress_to(server.address) as egress, tokens_of(egress) as tokens:
-        first = await tokens.get(challenge, "lib/tool", LOGIN, endpoint)
-        assert await tokens.get(challenge, "lib/tool", LOGIN, endpoint) == first
-        other = await tokens.get(challenge, "lib/other", LOGIN, endpoint)
-        fresh = await tokens.get(challenge, "lib/tool", LOGIN, endpoint, stale=first)
+        first = await tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint)
+        assert await tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint) == first
+        other = await tokens.get(challenge, Scope("lib/other"), LOGIN, endpoint)
+        fresh = await tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint, stale=first)
     assert len({first, other, fresh}) == 3
     service = server.address.replace(":", "%3A")
     asked = [request.path.replace(server.address, service) for request in server.log]
@@ -90,9 +90,9 @@ async def test_token_is_not_shared_between_users(upstream: Start) -> None:
     endpoint = opened(server.address)[server.address]
     challenge = Challenge("bearer", f"{server.url}/token")
     async with egress_to(server.address) as egress, tokens_of(egress) as tokens:
-        await tokens.get(challenge, "lib/tool", LOGIN, endpoint)
+        await tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint)
         with pytest.raises(Denied, match=r"incorrect username or password.*\[registries"):
-            await tokens.get(challenge, "lib/tool", None, endpoint)
+            await tokens.get(challenge, Scope("lib/tool"), None, endpoint)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ async def test_token_document(document: dict[str, object], expected: str) -> Non
     async with scripted(token_service(**document)) as server:
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress, tokens_of(egress) as tokens:
-            token = await tokens.get(realm_at(server.port), "lib/tool", None, opened(address)[address])
+            token = await tokens.get(realm_at(server.port), Scope("lib/tool"), None, opened(address)[address])
     assert token == expected
 
 
@@ -131,7 +131,7 @@ async def test_token_service_that_gives_none(reply: bytes, kind: type[Exception]
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress, tokens_of(egress) as tokens:
             with pytest.raises(kind) as caught:
-                await tokens.get(realm_at(server.port), "lib/tool", LOGIN, opened(address)[address])
+                await tokens.get(realm_at(server.port), Scope("lib/tool"), LOGIN, opened(address)[address])
     assert type(caught.value) is kind
     assert len(server.heads) == 1
 
@@ -141,7 +141,7 @@ async def test_short_lived_token_is_not_kept_for_long() -> None:
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress, tokens_of(egress) as tokens:
             for _ in range(2):
-                await tokens.get(realm_at(server.port), "lib/tool", None, opened(address)[address])
+                await tokens.get(realm_at(server.port), Scope("lib/tool"), None, opened(address)[address])
     assert len(server.heads) == 2
 
 
@@ -152,7 +152,7 @@ async def test_password_goes_to_the_registrys_own_host() -> None:
     async with scripted(token_service(token="t")) as server:
         registry = "127.0.0.1:1"  # another port of the same host
         async with egress_to(registry, f"127.0.0.1:{server.port}") as egress, tokens_of(egress) as tokens:
-            await tokens.get(realm_at(server.port), "lib/tool", LOGIN, egress.endpoint(registry))
+            await tokens.get(realm_at(server.port), Scope("lib/tool"), LOGIN, egress.endpoint(registry))
     assert PASSWORD in server.heads[0]
 
 
@@ -163,7 +163,7 @@ async def test_password_does_not_go_to_other_hosts_or_down_to_http(registry_url:
         async with egress_to(f"localhost:{server.port}") as egress, tokens_of(egress) as tokens:
             registry = opened("registry")["registry"]
             endpoint = type(registry)(registry.registry, registry_url)
-            assert await tokens.get(realm, "lib/tool", LOGIN, endpoint) == "t"
+            assert await tokens.get(realm, Scope("lib/tool"), LOGIN, endpoint) == "t"
     assert "Authorization" not in server.heads[0]
 
 
@@ -173,7 +173,7 @@ async def test_password_does_not_cross_a_redirect() -> None:
         async with scripted(redirect) as server:
             addresses = [f"127.0.0.1:{port}" for port in (server.port, target.port)]
             async with egress_to(*addresses) as egress, tokens_of(egress) as tokens:
-                await tokens.get(realm_at(server.port), "lib/tool", LOGIN, egress.endpoint(addresses[0]))
+                await tokens.get(realm_at(server.port), Scope("lib/tool"), LOGIN, egress.endpoint(addresses[0]))
     assert PASSWORD in server.heads[0]
     assert "Authorization" not in target.heads[0]
 
@@ -182,7 +182,7 @@ async def test_password_does_not_cross_a_redirect() -> None:
 async def test_realm_that_is_no_address(realm: str) -> None:
     async with egress_to() as egress, tokens_of(egress) as tokens:
         with pytest.raises(UpstreamError, match="not an http"):
-            await tokens.get(Challenge("bearer", realm), "lib/tool", LOGIN, opened("r")["r"])
+            await tokens.get(Challenge("bearer", realm), Scope("lib/tool"), LOGIN, opened("r")["r"])
 
 
 async def test_realm_at_a_private_address_is_refused() -> None:
@@ -190,7 +190,7 @@ async def test_realm_at_a_private_address_is_refused() -> None:
     async with scripted(reply) as server, egress_to("127.0.0.1:1") as egress, tokens_of(egress) as tokens:
         for host in ("127.0.0.1", "localhost"):
             with pytest.raises(AddressRefused):
-                await tokens.get(realm_at(server.port, host), "lib/tool", LOGIN, egress.endpoint("127.0.0.1:1"))
+                await tokens.get(realm_at(server.port, host), Scope("lib/tool"), LOGIN, egress.endpoint("127.0.0.1:1"))
     assert server.heads == []
 
 
@@ -209,7 +209,9 @@ async def test_one_fetch_serves_all_even_when_the_first_gives_up() -> None:
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress, tokens_of(egress) as tokens:
             challenge, endpoint = realm_at(server.port), egress.endpoint(address)
-            callers = [asyncio.create_task(tokens.get(challenge, "lib/tool", LOGIN, endpoint)) for _ in range(20)]
+            callers = [
+                asyncio.create_task(tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint)) for _ in range(20)
+            ]
             await arrived.wait()
             callers[0].cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -231,12 +233,12 @@ async def test_a_failure_is_everybodys_and_is_not_kept() -> None:
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress, tokens_of(egress) as tokens:
             challenge, endpoint = realm_at(server.port), egress.endpoint(address)
-            callers = [asyncio.create_task(tokens.get(challenge, "lib/tool", LOGIN, endpoint)) for _ in range(5)]
+            callers = [asyncio.create_task(tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint)) for _ in range(5)]
             await asyncio.sleep(0.01)
             go.set()
             results = await asyncio.gather(*callers, return_exceptions=True)
             assert [type(result) for result in results] == [UpstreamFailing] * 5
-            assert await tokens.get(challenge, "lib/tool", LOGIN, endpoint) == "later"
+            assert await tokens.get(challenge, Scope("lib/tool"), LOGIN, endpoint) == "later"
     assert len(server.heads) == 2
 
 
@@ -253,7 +255,9 @@ async def test_close_ends_a_fetch_that_nobody_waits_for() -> None:
         address = f"127.0.0.1:{server.port}"
         async with egress_to(address) as egress:
             tokens = BearerTokens(egress)
-            caller = asyncio.create_task(tokens.get(realm_at(server.port), "lib/tool", LOGIN, egress.endpoint(address)))
+            caller = asyncio.create_task(
+                tokens.get(realm_at(server.port), Scope("lib/tool"), LOGIN, egress.endpoint(address))
+            )
             await arrived.wait()
             caller.cancel()
             await tokens.close()

@@ -490,7 +490,7 @@ async def test_failures(status: str, body: bytes, kind: type[Exception], message
 async def test_unix_session_passes_bytes_and_headers_through(tmp_path: Path) -> None:
     path = str(tmp_path / "api.sock")
     packed = answer(body=b"\x1f\x8bpacked", Content_Encoding="gzip")
-    async with scripted(packed, path=path) as server, unix_session(path, limit=2) as session:
+    async with scripted(packed, path=path) as server, unix_session(path) as session:
         async with session.get("http://api/status", headers={"X-Mine": "1"}) as response:
             assert await response.read() == b"\x1f\x8bpacked"
         assert session.timeout.total is None

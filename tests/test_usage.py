@@ -109,6 +109,18 @@ async def test_pulls_are_counted_by_day_and_organisation(redis_url: str) -> None
     assert await fusion_pulls(redis_url, OLD_DAY) == Counts(0, {})
 
 
+async def test_builds_are_counted_apart_from_pulls(redis_url: str) -> None:
+    async with counting(redis_url) as usage:
+        usage.count_build("a@org1.com")
+        usage.count_build(None)
+        usage.count("b@org2.com", fusion=False)
+    async with counting(redis_url) as usage:
+        builds = await usage.read("builds")
+        today = await usage.read("builds", datetime.now(UTC).date().isoformat())
+    assert (builds.count, builds.organisations) == (1, {"org1.com": 1})
+    assert (today.count, today.organisations) == (2, {"org1.com": 1})
+
+
 async def test_pulls_of_several_processes_add_up_while_they_run(redis_url: str) -> None:
     clock = clock_at(MIDNIGHT + 3600)
     async with counting(redis_url, clock) as one, counting(redis_url, clock) as other:
@@ -193,7 +205,7 @@ async def test_what_redis_does_not_take_at_the_end_is_said() -> None:
             usage.count("a@org1.com", fusion=True)
             await until(lambda: usage._down)
             usage.count("b@org2.com", fusion=False)
-    assert [entry["pulls"] for entry in logs if "not counted" in entry["event"]] == [2]
+    assert [entry["number"] for entry in logs if "not counted" in entry["event"]] == [2]
 
 
 async def test_an_answer_that_is_lost_and_a_flush_that_comes_late_count_once(redis_url: str) -> None:

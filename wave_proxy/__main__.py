@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from secrets import token_hex
 from shutil import rmtree
 from typing import Annotated, Any
 
@@ -243,11 +244,15 @@ def _parts(settings: Settings, names: tuple[str, ...]) -> list[Part]:
         command = redis_command(settings.data, redis_socket)
         parts.append(Part("redis", command, _STAGES["redis"], dict(os.environ), says_ready=False))
         settings = settings.model_copy(update={"redis_url": SecretStr(f"unix://{redis_socket}")})
+    if "builder" in names and not settings.build.secret.get_secret_value():
+        build = settings.build.model_copy(update={"secret": SecretStr(token_hex(32))})
+        settings = settings.model_copy(update={"build": build})
     handed_down = hand_down(settings)
     environment = {
         **os.environ,
         "WAVE_API_SOCKET": str(sockets / "api.sock"),
         "WAVE_SETTINGS_FD": str(handed_down),
+        **_own_address(settings),
     }
     if settings.metrics_port is not None:
         environment["WAVE_METRICS_FOLDER"] = str(_metrics_folder(settings))
@@ -268,6 +273,14 @@ def _parts(settings: Settings, names: tuple[str, ...]) -> list[Part]:
             variables = lavish if name == "proxy" else environment
             parts.append(Part(label, commands[name], _STAGES[name], variables, urgent=urgent, keeps=handed_down))
     return parts
+
+
+def _own_address(settings: Settings) -> dict[str, str]:
+    """How the parts reach the port: by loopback and without TLS, on another port where the public one is not so."""
+    if settings.tls_cert or settings.host not in ("", "0.0.0.0", "127.0.0.1"):
+        port = claim_port("127.0.0.1", 0)
+        return {"WAVE_OWN_PORT": str(port), "WAVE_OWN_URL": f"http://127.0.0.1:{port}"}
+    return {"WAVE_OWN_URL": f"http://127.0.0.1:{settings.port}"}
 
 
 def _metrics_folder(settings: Settings) -> Path:

@@ -47,9 +47,15 @@ def _duration(value: object) -> object:
 def _size(value: object) -> object:
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
         return int(float(match[1]) * _UNITS_B[match[2]])
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value  # none is the default of some, which comes along with the other keys of its table
     raise ValueError('expected a size such as "512MB", "50GB" or "4GiB"')
+
+
+def _positive(value: int | None) -> int | None:
+    if value is not None and value <= 0:
+        raise ValueError("expected a size greater than 0")
+    return value
 
 
 def _quota(value: object) -> object:
@@ -84,7 +90,7 @@ def _readable(path: Path | None) -> Path | None:
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
 DurationOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]  # "0s": not at all
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
-OptionalSize = Annotated[int | None, BeforeValidator(_size), Field(gt=0)]
+OptionalSize = Annotated[int | None, BeforeValidator(_size), AfterValidator(_positive)]
 Quota = Annotated[str, BeforeValidator(_quota)]
 TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
 OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_readable)]  # empty text: none
@@ -298,6 +304,20 @@ class BuildSettings(_Section):
     )
 
 
+class LocalSettings(_Section):
+    """Local repositories: images that are pushed here, and named `<server>/local/<name>`.
+
+    Everybody may pull from them. To push or to delete takes a login of `[accounts]`.
+    """
+
+    anonymous_push: bool = Field(
+        False,
+        description="Everybody may push and delete, without a login: for networks that trust everybody. Docker, which "
+        "sends a login only to servers that nobody may pull from without one, can push only with this.",
+    )
+    max_blob_bytes: OptionalSize = Field(None, description="Limit on one pushed blob. Unset: none.")
+
+
 class Settings(BaseModel):
     """All settings."""
 
@@ -334,6 +354,7 @@ class Settings(BaseModel):
     log: LogSettings = LogSettings.model_construct()
     quota: QuotaSettings = QuotaSettings.model_construct()
     build: BuildSettings = BuildSettings.model_construct()
+    local: LocalSettings = LocalSettings.model_construct()
 
     @field_validator("server_url")
     @classmethod
@@ -371,6 +392,16 @@ class Settings(BaseModel):
         """What image names begin with, scheme included."""
         scheme = "https" if self.tls_cert else "http"
         return self.server_url or f"{scheme}://localhost:{self.port}"
+
+    @property
+    def authority(self) -> str:
+        """Host and port that the names of our own images begin with."""
+        return urlsplit(self.public_url).netloc
+
+    @property
+    def own_url(self) -> str:
+        """Where our own parts reach the port: what the supervisor says, when it runs them side by side."""
+        return os.environ.get("WAVE_OWN_URL") or self.public_url
 
 
 class ConfigInvalid(Exception):

@@ -5,14 +5,19 @@
     │   ├── NameInvalid          400  NAME_INVALID
     │   ├── DigestInvalid        400  DIGEST_INVALID
     │   ├── RangeInvalid         416  RANGE_INVALID
+    │   ├── ManifestInvalid      400  MANIFEST_INVALID: a pushed manifest that breaks a rule
+    │   ├── UploadInvalid        400  BLOB_UPLOAD_INVALID: a part of an upload that breaks a rule
+    │   │   └── UploadOutOfOrder 416  BLOB_UPLOAD_INVALID: not the part that comes next
     │   └── BodyTooLarge         413  SIZE_INVALID
-    ├── Unauthorized             401  only on the API: the proxy never asks a client for a password
+    ├── Unauthorized             401  on the API, and for a push: who pulls is never asked for a password
     ├── Denied                   403  DENIED: upstream refused our credentials
     │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
     ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
     │   └── HostUnknown          404  NAME_UNKNOWN: a registry's host that the name service does not know
     ├── ManifestUnknown          404  MANIFEST_UNKNOWN
     ├── BlobUnknown              404  BLOB_UNKNOWN
+    ├── ManifestBlobUnknown      404  MANIFEST_BLOB_UNKNOWN: a pushed manifest names what its repository lacks
+    ├── UploadUnknown            404  BLOB_UPLOAD_UNKNOWN
     ├── MethodNotAllowed         405  UNSUPPORTED
     ├── Unsupported              400  UNSUPPORTED: understood, but not for this image
     ├── NotImplementedHere       501  UNSUPPORTED: a documented feature that this server does not have (yet)
@@ -27,6 +32,7 @@
     │   └── UpstreamTimeout      504
     ├── StorageFull              507  the data folder has no room, and the answer needs some
     ├── StateUnavailable         503  Redis does not answer
+    ├── StillBuilding            503  a pull was held for as long as its client bears, and the build goes on
     └── Overloaded               503  out of file descriptors
 
 Messages are shown to people: they say what was wrong, with which value, and what to do.
@@ -73,6 +79,28 @@ class RangeInvalid(RequestInvalid):
         self.size = size
 
 
+class ManifestInvalid(RequestInvalid):
+    """A pushed manifest that is not what its media type says."""
+
+    code = "MANIFEST_INVALID"
+
+
+class UploadInvalid(RequestInvalid):
+    """A part of an upload that can't be taken."""
+
+    code = "BLOB_UPLOAD_INVALID"
+
+
+class UploadOutOfOrder(UploadInvalid):
+    """A part that does not begin where the upload stands: after ``received`` bytes."""
+
+    status = 416
+
+    def __init__(self, message: str, received: int) -> None:
+        super().__init__(message)
+        self.received = received
+
+
 class BodyTooLarge(RequestInvalid):
     """A request body over the configured limit."""
 
@@ -81,7 +109,7 @@ class BodyTooLarge(RequestInvalid):
 
 
 class Unauthorized(WaveError):
-    """The API wants other credentials."""
+    """It takes other credentials."""
 
     status = 401
     code = "UNAUTHORIZED"
@@ -123,11 +151,29 @@ class BlobUnknown(WaveError):
     code = "BLOB_UNKNOWN"
 
 
+class ManifestBlobUnknown(WaveError):
+    """A manifest names blobs or manifests that are not in its repository."""
+
+    status = 404
+    code = "MANIFEST_BLOB_UNKNOWN"
+
+
+class UploadUnknown(WaveError):
+    """An upload that was never begun in that repository, is done, was cancelled, or was left alone for too long."""
+
+    status = 404
+    code = "BLOB_UPLOAD_UNKNOWN"
+
+
 class MethodNotAllowed(WaveError):
-    """A method that the path does not have."""
+    """A method that the path does not have; ``allow`` lists those that it has."""
 
     status = 405
     code = "UNSUPPORTED"
+
+    def __init__(self, message: str, allow: str = "GET, HEAD") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class Unsupported(WaveError):
@@ -223,6 +269,13 @@ class StateUnavailable(WaveError):
 
     status = 503
     retry_after_s = 2
+
+
+class StillBuilding(WaveError):
+    """The image is not there yet."""
+
+    status = 503
+    retry_after_s = 10
 
 
 class Overloaded(WaveError):

@@ -75,10 +75,21 @@ class BlobStore:
             raise
         return StoredBlob(fd, status.st_size)
 
+    def link(self, digest: str, file: Path) -> None:
+        """Make a verified and synced file visible as that blob under a second name, if there is no other yet.
+
+        Where that can't be, the blob is not in the store; nothing else depends on it.
+        """
+        path = self.path(digest)
+        note_verified_size(file, file.stat().st_size)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, path)
+
     def put(self, digest: str, content: bytes) -> None:
         """Store content whose digest the caller has verified. Raises StorageFull."""
         write_whole(self.path(digest), content)
-        _note_verified_size(self.path(digest), len(content))
+        note_verified_size(self.path(digest), len(content))
 
     def discard(self, digest: str) -> None:
         """Drop a blob that was found damaged; who reads it goes on reading."""
@@ -89,15 +100,29 @@ class BlobStore:
         """Make a verified and synced file of the same file system visible as that blob."""
         path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _note_verified_size(spool, spool.stat().st_size)
+        note_verified_size(spool, spool.stat().st_size)
         os.rename(spool, path)
+
+
+def open_verified(path: Path) -> StoredBlob | None:
+    """Open a file that is a blob; None when it is not there, or no longer as long as it was verified."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    size = os.fstat(fd).st_size
+    if _verified_size(fd, size) != size:
+        os.close(fd)
+        return None
+    return StoredBlob(fd, size)
 
 
 class _Damaged(Exception):
     """A file that is not as long as it was when it was verified."""
 
 
-def _note_verified_size(path: Path, size: int) -> None:
+def note_verified_size(path: Path, size: int) -> None:
+    """Have a file say how large it must be to be whole."""
     with suppress(OSError):  # a file system without such attributes
         os.setxattr(path, _SIZE_ATTRIBUTE, b"%d" % size)
 

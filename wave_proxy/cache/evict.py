@@ -2,7 +2,8 @@
 
 Any process may evict, one at a time: a lock file decides. What is being read is locked by its reader and stays; the
 spool counts into the cap, and spools that no process fills any more are taken over by the next fill or go after an
-hour.
+hour. What local repositories have as well is a file of two names: it stays, and does not count. Their uploads that
+nobody goes on with go after a day.
 """
 
 import asyncio
@@ -17,11 +18,13 @@ from time import monotonic, time
 import structlog
 
 from wave_proxy.cache.blobs import SIZE_SUFFIX
+from wave_proxy.cache.local import LOCAL, UPLOADS
 
 _log = structlog.get_logger()
 
 _LOW_WATER = 0.95  # evict down to this share of the cap, so that not every new blob starts a walk
 _STALE_SPOOL_S = 3600.0
+_STALE_UPLOAD_S = 86400.0
 _INTERVAL_S = 30.0
 _OLD_NOTE_S = 30 * 86400.0
 _NOTES_INTERVAL_S = 6 * 3600.0  # there may be a million of them
@@ -32,6 +35,7 @@ class _File:
     path: str
     size: int
     used: float
+    names: int
 
 
 @dataclass(slots=True)
@@ -83,8 +87,10 @@ class Evictor:
             except BlockingIOError:
                 return 0  # another process is at it
             self._drop_stale_spools()
+            self._drop_stale_uploads()
             self._drop_old_notes()
-            stored = [*_files(self._root / "blobs"), *_files(self._root / "manifests")]
+            blobs = (file for file in _files(self._root / "blobs") if file.names == 1)
+            stored = [*blobs, *_files(self._root / "manifests")]
             files = sorted(stored, key=lambda file: file.used)
             total = sum(file.size for file in files) + sum(file.size for file in _files(self._root / "spool"))
             over_cap = total + wanted - self.max_bytes
@@ -103,7 +109,7 @@ class Evictor:
         for file in files:
             if freed >= excess:
                 break
-            if _unlink_unread(file.path):
+            if _unlink_unread(file.path, only_name=True):
                 freed += file.size
                 self.stats.evicted_files += 1
         self.stats.evicted_bytes += freed
@@ -116,6 +122,11 @@ class Evictor:
         self._next_notes = monotonic() + _NOTES_INTERVAL_S
         for file in (*_files(self._root / "grants"), *_files(self._root / "tags")):
             if file.used < time() - _OLD_NOTE_S:
+                _unlink_unread(file.path)
+
+    def _drop_stale_uploads(self) -> None:
+        for file in _files(self._root / LOCAL / UPLOADS):
+            if file.used < time() - _STALE_UPLOAD_S:
                 _unlink_unread(file.path)
 
     def _drop_stale_spools(self) -> None:
@@ -135,17 +146,19 @@ def _files(folder: Path) -> Iterator[_File]:
             except FileNotFoundError:
                 continue
             if S_ISREG(status.st_mode):
-                yield _File(path, status.st_size, status.st_mtime)
+                yield _File(path, status.st_size, status.st_mtime, status.st_nlink)
 
 
-def _unlink_unread(path: str) -> bool:
-    """Remove a file that no process has locked; whether it was removed."""
+def _unlink_unread(path: str, *, only_name: bool = False) -> bool:
+    """Remove a file that no process has locked, with ``only_name`` if it has no other; whether it was removed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if only_name and os.fstat(fd).st_nlink != 1:
+            return False
         os.unlink(path)
     except (BlockingIOError, FileNotFoundError):
         return False

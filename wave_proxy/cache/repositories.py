@@ -1,10 +1,14 @@
-"""What upstream repositories hold, through the cache: fetched once, and shown only where it was granted."""
+"""What repositories hold: upstream's through the cache, fetched once, shown only where it was granted; and our own."""
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from time import time
 from typing import Literal
+from urllib.parse import parse_qsl, urlencode
+
+import orjson
 
 from wave_proxy._fast.digest import Verifier
 from wave_proxy.cache.blobs import BlobStore, StoredBlob
@@ -13,12 +17,13 @@ from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.flight import Flights
 from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.lead import Opener
+from wave_proxy.cache.local import LOCAL, LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore, StoredManifest
 from wave_proxy.cache.pages import ListedTags, TagsPages
 from wave_proxy.cache.tags import TagAnswer, Tags
-from wave_proxy.errors import StorageFull, UpstreamError
+from wave_proxy.errors import BlobUnknown, RequestInvalid, StorageFull, UpstreamError, clip
 from wave_proxy.image.oci import matches, read_manifest
-from wave_proxy.upstream.registry import Registry
+from wave_proxy.upstream.registry import Registry, TagsPage
 from wave_proxy.upstream.transfer import BlobStream
 
 CacheState = Literal["HIT", "MISS", "FILL", "STALE"]
@@ -41,10 +46,17 @@ class OpenBlob:
 
 
 class Repositories:
-    """Upstream's repositories as this machine knows them."""
+    """Upstream's repositories as this machine knows them, and the local ones."""
 
     def __init__(
-        self, registry: Registry, tags: Tags, manifests: ManifestStore, blobs: BlobStore, fills: Fills, grants: Grants
+        self,
+        registry: Registry,
+        tags: Tags,
+        manifests: ManifestStore,
+        blobs: BlobStore,
+        fills: Fills,
+        grants: Grants,
+        local: LocalRepositories,
     ) -> None:
         self.registry = registry
         self._tags = tags
@@ -52,6 +64,7 @@ class Repositories:
         self._blobs = blobs
         self._fills = fills
         self._grants = grants
+        self._local = local
         self._pages = TagsPages()
         self._fetching: Flights[tuple[str, str], StoredManifest] = Flights()
         self._asking: Flights[tuple[str, str], int | None] = Flights()
@@ -61,6 +74,10 @@ class Repositories:
 
         Raises ManifestUnknown, Denied, UpstreamError, TooManyRequests.
         """
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            now = time()
+            return TagAnswer(self._local.get_tag(local, tag), now, now)
 
         async def ask() -> tuple[str, bool]:
             head = await self.registry.head_manifest(registry, repository, tag)
@@ -74,11 +91,17 @@ class Repositories:
 
     async def list_tags(self, registry: str, repository: str, query: str) -> ListedTags:
         """One page of the tags list, or what it was. Raises NameUnknown, Denied, UpstreamError, TooManyRequests."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            return ListedTags(_list_local(self._local, local, query), time())
         key = registry, repository, query
         return await self._pages.find(key, lambda: self.registry.fetch_tags(*key))
 
     async def fetch_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest:
         """The manifest of that digest in that repository. Raises as ``find_tag``, and ContentMismatch."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            return self._local.get_manifest(local, digest)
         name = f"{registry}/{repository}"
         known = self._find_manifest(registry, repository, digest)
         if known is not None:
@@ -92,6 +115,10 @@ class Repositories:
 
         return await self._fetching.run((name, digest), fetch)
 
+    def is_local(self, registry: str, repository: str) -> bool:
+        """Whether it is one of our own: what is in it may change at any time, by any worker's hand."""
+        return self._local.find_name(registry, repository) is not None
+
     def _find_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest | None:
         return self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None
 
@@ -103,14 +130,23 @@ class Repositories:
 
     def has_manifest(self, registry: str, repository: str, digest: str) -> bool:
         """Whether that repository has once delivered the manifest of that digest."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            return self._local.has_manifest(local, digest)
         return self._grants.has(_manifests_of(f"{registry}/{repository}"), digest)
 
     def is_granted(self, registry: str, repository: str, digest: str) -> bool:
         """Whether that repository has said that it has a blob of that digest."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            return self._local.find_size(local, digest) is not None
         return self._grants.has(f"{registry}/{repository}", digest)
 
     async def find_size(self, registry: str, repository: str, digest: str) -> int | None:
         """A blob's size; None when upstream does not tell it. Fetches no more than a head. Raises as ``open_blob``."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            return _local_size(self._local, local, digest)
         if self.is_granted(registry, repository, digest):
             stored = self._blobs.find(digest)
             if stored is not None:
@@ -127,6 +163,10 @@ class Repositories:
 
     async def open_blob(self, registry: str, repository: str, digest: str) -> OpenBlob:
         """Open a blob of that repository. Raises BlobUnknown, Denied, UpstreamError, TooManyRequests."""
+        local = self._local.find_name(registry, repository)
+        if local is not None:
+            blob = self._local.open_blob(local, digest)
+            return OpenBlob(blob.size, "HIT", blob)
         if not self.is_granted(registry, repository, digest):
             await self.find_size(registry, repository, digest)
 
@@ -170,6 +210,24 @@ class Repositories:
         await self._tags.close()
         await self._pages.close()
         await self._fills.close()
+
+
+def _local_size(local: LocalRepositories, name: str, digest: str) -> int:
+    size = local.find_size(name, digest)
+    if size is None:
+        raise BlobUnknown(f"{LOCAL}/{name} has no blob {digest}")
+    return size
+
+
+def _list_local(local: LocalRepositories, name: str, query: str) -> TagsPage:
+    asked = dict(parse_qsl(query, keep_blank_values=True))
+    count = asked.get("n")
+    if count is not None and not (count.isascii() and count.isdigit() and len(count) < 10):
+        raise RequestInvalid(f"n={clip(count)}: expected how many tags to list")
+    page = local.list_tags(name, None if count is None else int(count), asked.get("last", ""))
+    content = orjson.dumps({"name": f"{LOCAL}/{name}", "tags": page.entries})
+    link = f"</v2/?{urlencode({'n': count, 'last': page.last})}>" if page.last else ""
+    return TagsPage(content, link)
 
 
 def _manifests_of(name: str) -> str:

@@ -58,6 +58,11 @@ class BuildSpec:
     ip_address: str = field(default="", repr=False)
 
     @property
+    def image(self) -> str:
+        """The name that clients are told: that of a Singularity image begins with ``oras://``."""
+        return f"oras://{self.target_image}" if self.format == "sif" else self.target_image
+
+    @property
     def owner(self) -> str:
         """Whose turn it is when builds wait: the user's e-mail address, or the address that the request came from."""
         return self.identity.email.lower() or self.ip_address or "-"

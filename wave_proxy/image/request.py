@@ -101,6 +101,9 @@ class ContainerRequest:
     ``image`` is the normalised reference that is pulled upstream; ``platforms`` is empty when none was asked for, and
     then all platforms of an index are served. ``timestamp`` is the client's, ISO-8601 with offset, or empty. Times are
     epoch seconds.
+
+    An image that is built has a ``build_id``; ``build_new`` says that the build was begun for this request. With
+    ``freeze`` clients pull the image by its own name, not by the token. Pulls of our own builder are ``uncounted``.
     """
 
     image: str
@@ -112,6 +115,10 @@ class ContainerRequest:
     ip_address: str = ""
     includes: tuple[str, ...] = ()
     dry_run: bool = False
+    build_id: str = ""
+    build_new: bool = False
+    freeze: bool = False
+    uncounted: bool = False
     created: float = 0.0
     expires: float = 0.0
 

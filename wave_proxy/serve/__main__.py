@@ -7,7 +7,6 @@ TOML file, ``WAVE_API_SOCKET`` the api's Unix socket.
 import asyncio
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -23,25 +22,32 @@ from wave_proxy.cache.blobs import BlobStore
 from wave_proxy.cache.evict import Evictor
 from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.grants import Grants
+from wave_proxy.cache.local import LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore
 from wave_proxy.cache.repositories import Repositories
 from wave_proxy.cache.tags import Tags
+from wave_proxy.cache.uploads import Uploads
 from wave_proxy.config import ConfigInvalid, QuotaSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
-from wave_proxy.readiness import say_ready
+from wave_proxy.readiness import raise_file_limit, say_ready
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.login import Logins
 from wave_proxy.serve.metrics import Publisher, Sources
 from wave_proxy.serve.origin import ClientAddress
 from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.push import BodyLimit, Pusher
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.stats import RequestStats
 from wave_proxy.serve.tls import server_context
+from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
@@ -65,17 +71,19 @@ def main() -> None:
 
 async def _run(settings: Settings) -> None:
     setproctitle(f"wave-proxy: {os.environ.get('WAVE_PART', 'proxy')}")
-    _raise_file_limit()
+    raise_file_limit()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     tls = server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
-    sockets = _listening_sockets(settings.host, settings.port)
+    places = [(sock, tls) for sock in _listening_sockets(settings.host, settings.port)]
+    if own_port := os.environ.get("WAVE_OWN_PORT"):  # for the other parts on this machine
+        places += [(sock, None) for sock in _listening_sockets("127.0.0.1", int(own_port))]
     redis = connect(settings.redis_url.get_secret_value())
     await wait_until_up(redis)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as background:
         server = _compose(settings, redis, stack, background)
-        listeners = [await loop.create_server(server, sock=sock, ssl=tls, backlog=4096) for sock in sockets]
+        listeners = [await loop.create_server(server, sock=sock, ssl=tls, backlog=4096) for sock, tls in places]
         gc.freeze()  # what was built so far lives as long as the process: no collection has to look at it
         say_ready()
         await stop.wait()
@@ -94,6 +102,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     evictor = Evictor(settings.data, settings.cache.max_bytes)
     grants = Grants(settings.data)
     fills = Fills(settings.data, blobs, evictor, grants)
+    local = LocalRepositories(settings.data, blobs, settings.authority)
     repositories = Repositories(
         registry,
         Tags(settings.data, settings.cache.tag_ttl),
@@ -101,6 +110,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
         blobs,
         fills,
         grants,
+        local,
     )
     stack.push_async_callback(repositories.close)
     augmenter = Augmenter(repositories, tokens)
@@ -109,16 +119,24 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     stack.push_async_callback(usage.close)
     stack.push_async_callback(quotas.close)
     ready = ReadyReplies(quotas, usage, stats)
-    resolver = Resolver(tokens, ready)
+    resolver = Resolver(tokens, ready, settings.authority)
     stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens)
-    forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"], limit=256))
+    forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"]))
     stack.push_async_callback(forwarder.close)
     for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
         stack.push_async_callback(cancel, background.create_task(coroutine))
-    puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage)
+    holds = Holds(BuildStore(redis, BuildLimits(settings.build.max_running)), settings.build.pull_wait)
+    stack.push_async_callback(holds.close)
+    uploads = Uploads(settings.data, local, evictor, settings.local.max_blob_bytes)
+    stack.callback(uploads.close)
+    pusher = Pusher(local, uploads, _logins(settings))
+    puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
     app = App(puller, forwarder, stats, settings.log.requests)
-    server = Server(app, _limits(settings), ClientAddress(settings.http.trusted_proxies), ready)
+    limits = _limits(settings)
+    server = Server(
+        app, limits, ClientAddress(settings.http.trusted_proxies), ready, BodyLimit(limits.max_body_bytes)
+    )
     if folder := os.environ.get("WAVE_METRICS_FOLDER"):
         counted = (stats, fills.stats, registry.stats, evictor.stats, quotas.stats)
         sources = Sources(*counted, lambda: len(server.connections), partial(check, redis))
@@ -167,6 +185,12 @@ def _quotas(settings: QuotaSettings, redis: Redis) -> Quotas:
     )
 
 
+def _logins(settings: Settings) -> Logins:
+    hashes = {user: text.get_secret_value() for user, text in settings.accounts.items()}
+    accounts = Accounts(hashes, builder_secret=settings.build.secret.get_secret_value())
+    return Logins(accounts, anonymous=settings.local.anonymous_push)
+
+
 def _limits(settings: Settings) -> Limits:
     return Limits(
         header_timeout_s=settings.http.header_timeout,
@@ -200,12 +224,6 @@ def _listening_sockets(host: str, port: int) -> list[socket.socket]:
         sock.setblocking(False)
         sockets.append(sock)
     return sockets
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

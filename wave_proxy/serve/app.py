@@ -18,12 +18,16 @@ from wave_proxy.errors import (
     RangeInvalid,
     RequestInvalid,
     TooManyRequests,
+    Unauthorized,
+    UploadOutOfOrder,
     WaveError,
     clip,
 )
 from wave_proxy.serve.forward import Forwarder
-from wave_proxy.serve.messages import Reply, Request
-from wave_proxy.serve.pull import API_VERSION, NO_SNIFFING, Puller
+from wave_proxy.serve.login import CHALLENGE
+from wave_proxy.serve.messages import API_VERSION, NO_SNIFFING, Reply, Request
+from wave_proxy.serve.pull import Puller
+from wave_proxy.serve.push import received_range
 from wave_proxy.serve.route import is_registry_path, kind_of
 from wave_proxy.serve.stats import RequestStats
 
@@ -117,6 +121,10 @@ def _error_reply(err: WaveError, registry: bool) -> Reply:
         headers.append(("RateLimit-Reset", str(err.reset_s or 0)))
     if isinstance(err, RangeInvalid):
         headers.append(("Content-Range", f"bytes */{err.size}"))
+    if isinstance(err, UploadOutOfOrder):
+        headers.append(received_range(err.received))
+    if isinstance(err, Unauthorized):
+        headers.append(CHALLENGE)
     if isinstance(err, MethodNotAllowed):
-        headers.append(("Allow", "GET, HEAD"))
+        headers.append(("Allow", err.allow))
     return Reply(err.status, headers, content)

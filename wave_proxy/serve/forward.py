@@ -19,6 +19,7 @@ _SMALL_BYTES = 1 << 18
 _SMALL_BODY_S = 60.0
 _LARGE_BODIES = 32  # at once, of one worker
 _LARGE_BODY_S = 900.0
+_UNANSWERED = 256  # at once, of one worker: more connections at the same time than the api's socket takes would fail
 
 
 class Forwarder:
@@ -27,6 +28,8 @@ class Forwarder:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._large = asyncio.Semaphore(_LARGE_BODIES)
+        # Answers that are under way do not count: a log is followed for as long as its build runs.
+        self._unanswered = asyncio.Semaphore(_UNANSWERED)
 
     async def answer(self, request: Request) -> Reply:
         """The api's reply. Raises UpstreamUnavailable when the api does not answer."""
@@ -51,14 +54,15 @@ class Forwarder:
         self, request: Request, headers: list[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
     ) -> Reply:
         try:
-            response = await self._session.request(
-                request.method,
-                f"http://api{request.target}",
-                headers=headers,
-                data=body,
-                allow_redirects=False,
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            )
+            async with self._unanswered:
+                response = await self._session.request(
+                    request.method,
+                    f"http://api{request.target}",
+                    headers=headers,
+                    data=body,
+                    allow_redirects=False,
+                    skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+                )
         except aiohttp.ClientError as err:
             if request.body.error is not None:  # what ended the sending was not the api
                 raise request.body.error from None
@@ -86,8 +90,11 @@ class _Stream:
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._response.content.iter_any():
-            yield chunk
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as err:
+            raise UpstreamUnavailable("the API ended its answer early") from err
 
     async def aclose(self) -> None:
         """Give the connection back, or close it when the body was not read to its end."""

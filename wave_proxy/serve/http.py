@@ -34,6 +34,8 @@ _BODILESS = frozenset({204, 304})
 
 
 Handler = Callable[[Request], Awaitable[Reply]]
+BodyLimit = Callable[[str, str], int]
+"""The most bytes of a request's body, by method and target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,10 @@ class Server:
         limits: Limits,
         addresses: ClientAddress | None = None,
         ready: ReadyReplies | None = None,
+        body_limit: BodyLimit | None = None,
     ) -> None:
+        """Without ``body_limit``, that of ``limits`` is for every request."""
+        self.body_limit = body_limit or (lambda method, target: limits.max_body_bytes)
         self.handler = handler
         self.limits = limits
         self.addresses = addresses or ClientAddress(())
@@ -135,6 +140,7 @@ class Connection(asyncio.Protocol):
         self._deadline = 0.0
         self._read_paused = False
         self._client_done = False
+        self._endless = False  # what is being sent, as far as one can tell
         self._lingering = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -161,7 +167,9 @@ class Connection(asyncio.Protocol):
         self._client_done = True
         if self._body is not None:
             self._body.fail(ConnectionResetError("the client ended its request early"))
-        return self.task is not None and not self._secure  # keep the sending side open for the answers still due
+        # Keep the sending side open for the answers still due, but not for one whose end may be hours away: a client
+        # that is gone looks the same as one that has only ended its sending.
+        return self.task is not None and not self._secure and not self._endless
 
     def pause_writing(self) -> None:
         if self._drained is None:
@@ -308,10 +316,12 @@ class Connection(asyncio.Protocol):
         if self._reframing:
             return
         expects = any(key == b"expect" and value.lower() == b"100-continue" for key, value in self._headers)
-        self._body = Body(self, self._limits.max_body_bytes, self._limits.idle_timeout_s, expects)
+        method, target = self._parser.get_method().decode("ascii"), self._target.decode("latin-1")
+        most = self._limits.max_body_bytes if method == "GET" else self._server.body_limit(method, target)
+        self._body = Body(self, most, self._limits.idle_timeout_s, expects)
         request = Request(
-            method=self._parser.get_method().decode("ascii"),
-            target=self._target.decode("latin-1"),
+            method=method,
+            target=target,
             headers=self._headers,
             body=self._body,
             client=self._server.addresses.find(self._peer, self._headers),
@@ -325,10 +335,8 @@ class Connection(asyncio.Protocol):
         for key, value in self._headers:
             if key in (b"content-length", b"transfer-encoding"):
                 self._framing = b"%b: %b" % (key, value)
-            if key == b"content-length" and int(value) > self._limits.max_body_bytes:
-                self._body.fail(
-                    BodyTooLarge(f"the request's body is over the limit of {self._limits.max_body_bytes} bytes")
-                )
+            if key == b"content-length" and int(value) > most:
+                self._body.fail(BodyTooLarge(f"the request's body is over the limit of {most} bytes"))
         self._headers = []  # trailers, which nobody asked for, are none of the request's headers
         if self._ready is not None and not self._framing and not request.malformed and self._may_answer_now():
             self._answered = self._ready.answer(request)
@@ -405,7 +413,7 @@ class Connection(asyncio.Protocol):
     async def _send(self, request: Request, reply: Reply) -> bool:
         bodiless = reply.status in _BODILESS
         length = None if bodiless else reply.content_length()
-        endless = length is None and not bodiless
+        self._endless = endless = length is None and not bodiless
         chunked = endless and not request.http_1_0
         unread = not request.body.complete and not request.malformed
         close = reply.close or not request.keep_alive or unread or self._server.closing or (endless and not chunked)
@@ -414,6 +422,7 @@ class Connection(asyncio.Protocol):
             self.write(head)
         else:
             await self._send_body(head, reply.body, chunked)
+        self._endless = False
         if close:
             self._end(linger=unread or bool(request.malformed))
         elif self._drained is not None:

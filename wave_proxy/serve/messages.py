@@ -13,6 +13,9 @@ from wave_proxy.errors import BodyTooLarge
 
 BUFFER_BYTES = 1 << 17  # of a request's body, before its connection is not read any more
 
+API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
+
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 

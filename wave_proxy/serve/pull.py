@@ -16,8 +16,10 @@ from wave_proxy.errors import ManifestUnknown, RangeInvalid, StateUnavailable
 from wave_proxy.image.oci import INDEX_TYPES
 from wave_proxy.image.request import Layer
 from wave_proxy.serve.augment import Augmenter
+from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.layers import Layers
-from wave_proxy.serve.messages import FileBody, Reply, Request, Terms
+from wave_proxy.serve.messages import API_VERSION, NO_SNIFFING, FileBody, Reply, Request, Terms
+from wave_proxy.serve.push import Pusher
 from wave_proxy.serve.ranges import parse_range
 from wave_proxy.serve.ready import age_s
 from wave_proxy.serve.resolve import Resolver, Target, own_target
@@ -28,10 +30,9 @@ from wave_proxy.state.usage import Usage
 
 _log = structlog.get_logger()
 
-API_VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
-NO_SNIFFING = ("X-Content-Type-Options", "nosniff")
 _IMMUTABLE = ("Cache-Control", "max-age=31536000, immutable")
 _NO_AGE = ("Age", "0")  # what a digest names can't get old
+_AT_ONCE = "wait=0"  # RFC 7240: of a client that wants to know how things are now
 _RECORDED = 100_000
 _READY_S = 60.0  # so long a reply may be given again without a look at where it came from
 _READY_BYTES = 64 << 10
@@ -67,6 +68,8 @@ class Puller:
         tokens: TokenStore,
         quotas: Quotas,
         usage: Usage,
+        holds: Holds,
+        pusher: Pusher,
     ) -> None:
         self._resolver = resolver
         self._repositories = repositories
@@ -75,13 +78,17 @@ class Puller:
         self._tokens = tokens
         self._quotas = quotas
         self._usage = usage
+        self._holds = holds
+        self._pusher = pusher
         self._recorded: OrderedDict[str, None] = OrderedDict()
 
     async def answer(self, request: Request) -> Reply:
         """The reply to a request for the registry. Raises WaveError."""
         route = parse_route(request.method, request.target)
         if route.kind == "ping":
-            return Reply(200, [API_VERSION, ("Content-Type", "application/json")], b"{}")
+            return self._pusher.ping(request)
+        if route.kind in ("upload", "referrers") or request.method not in ("GET", "HEAD"):
+            return await self._pusher.answer(request, route)
         target = await self._resolver.resolve(route)
         if route.kind == "manifest":
             return await self._manifest(request, route, target)
@@ -94,10 +101,13 @@ class Puller:
     # --- manifests ---------------------------------------------------------------------------------------------
 
     async def _manifest(self, request: Request, route: Route, target: Target) -> Reply:
-        find = self._manifest_by_digest if route.is_digest else self._manifest_by_tag
-        found = await find(target)
+        if route.is_digest:
+            found = await self._manifest_by_digest(target)
+        else:
+            found = await self._held(request, target)
         manifest = found.manifest
-        is_pull = request.method == "GET" and manifest.media_type not in INDEX_TYPES
+        counts = target.request is None or not target.request.uncounted
+        is_pull = counts and request.method == "GET" and manifest.media_type not in INDEX_TYPES
         if is_pull:
             await self._count(request, target)
         headers = [
@@ -110,6 +120,21 @@ class Puller:
         ]
         return Reply(200, headers, manifest.content, terms=self._terms(found, target, is_pull=is_pull))
 
+    async def _held(self, request: Request, target: Target) -> _Found:
+        """What a tag stands for once it is built, if it is being built. Raises StillBuilding, ManifestUnknown."""
+        image, client = f"{target.name}:{target.reference}", request.header(b"user-agent") or ""
+        if request.header(b"prefer") == _AT_ONCE:
+            return await self._manifest_by_tag(target)
+        if target.request is not None and target.request.build_id:
+            await self._holds.wait(image, client)
+        try:
+            return await self._manifest_by_tag(target)
+        except ManifestUnknown:
+            # A name that is used without a token, as those of frozen images are; or the image was deleted since.
+            if not await self._holds.wait(image, client, afresh=True):
+                raise
+        return await self._manifest_by_tag(target)
+
     async def _count(self, request: Request, target: Target) -> None:
         """Let a pull in, and count it. Raises TooManyRequests, StateUnavailable."""
         subject = subject_of("pull", target.email, request.client)
@@ -117,9 +142,13 @@ class Puller:
             await self._quotas.admit(subject)
         self._usage.count(target.email, target.config.has_fusion)
 
+    def _is_local(self, target: Target) -> bool:
+        """Whether the image may be another one, or gone, at any moment."""
+        return self._repositories.is_local(target.registry, target.repository)
+
     def _terms(self, found: _Found, target: Target, *, is_pull: bool) -> Terms | None:
         """How long the same answer holds: not beyond the tag's next question, nor the token's end."""
-        if len(found.manifest.content) > _READY_BYTES:
+        if len(found.manifest.content) > _READY_BYTES or self._is_local(target):
             return None
         now, for_s = time(), _READY_S
         if found.until is not None:
@@ -231,7 +260,7 @@ class Puller:
             content = _read_small(content)
         reply = _send(request, target.reference, content)
         if reply.status == 200 and isinstance(content, bytes) and len(content) <= _READY_BYTES:
-            reply.terms = _blob_terms(request, target)
+            reply.terms = None if self._is_local(target) else _blob_terms(request, target)
         return reply
 
     async def _find_made_config(self, target: Target) -> StoredManifest | None:

@@ -8,7 +8,8 @@ from time import time
 import structlog
 
 from wave_proxy.cache.flight import Flights
-from wave_proxy.errors import StateUnavailable
+from wave_proxy.cache.local import LOCAL
+from wave_proxy.errors import NameUnknown, StateUnavailable
 from wave_proxy.image.reference import DOCKER_HUB, Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest
 from wave_proxy.serve.ready import ReadyReplies
@@ -59,8 +60,9 @@ class _Known:
 class Resolver:
     """Requests by token; in memory for as long as they live, since they never change, or until others are used more."""
 
-    def __init__(self, tokens: TokenStore, ready: ReadyReplies) -> None:
-        """What ``ready`` keeps for a token is dropped with it."""
+    def __init__(self, tokens: TokenStore, ready: ReadyReplies, authority: str = "") -> None:
+        """What ``ready`` keeps for a token is dropped with it; ``authority`` is our own host and port, to others."""
+        self._authority = authority
         self._tokens = tokens
         self._ready = ready
         self._memory: OrderedDict[str, _Known] = OrderedDict()
@@ -70,6 +72,8 @@ class Resolver:
 
     async def resolve(self, route: Route) -> Target:
         """What ``route`` is about. Raises NameUnknown, StateUnavailable."""
+        if route.registry == LOCAL:
+            return Target(self._authority, f"{LOCAL}/{route.repository}", route.reference)
         if not route.token:
             official = route.registry == DOCKER_HUB and "/" not in route.repository
             repository = f"library/{route.repository}" if official else route.repository
@@ -82,6 +86,8 @@ class Resolver:
         if known is None or time() >= known.request.expires or known.image.repository != route.repository:
             raise unknown_token(route.token)
         image = known.image
+        if known.request.freeze:
+            raise NameUnknown(f"This container is not pulled by its token, but by its own name: {known.request.image}")
         return Target(image.registry, image.repository, _reference(route, image), route.token, known.request)
 
     async def _look_up(self, token: str) -> _Known | None:

@@ -5,22 +5,32 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
 
+from wave_proxy.cache.local import LOCAL
 from wave_proxy.errors import MethodNotAllowed, NameInvalid, NameUnknown, clip
 from wave_proxy.image.oci import parse_digest
 from wave_proxy.image.reference import DOCKER_HUB, is_registry, is_repository, is_tag
 
-Kind = Literal["ping", "manifest", "blob", "tags"]
+Kind = Literal["ping", "manifest", "blob", "tags", "upload", "referrers"]
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _KINDS: dict[str, Kind] = {"manifests": "manifest", "blobs": "blob"}
+_LOCAL_KINDS: dict[str, Kind] = {**_KINDS, "referrers": "referrers"}
+_READING = ("GET", "HEAD")
+_LOCAL_METHODS: dict[Kind, tuple[str, ...]] = {
+    "manifest": (*_READING, "PUT", "DELETE"),
+    "blob": (*_READING, "DELETE"),
+    "upload": (*_READING, "PATCH", "PUT", "DELETE"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """What a request is for.
 
-    ``token`` is empty for the direct form, ``registry`` for the token form, where the token decides. ``reference`` is a
-    tag or a digest; for blobs always a digest. ``query`` is what followed the question mark, as it was sent.
+    ``token`` is empty for the direct form, ``registry`` for the token form, where the token decides. For our own local
+    repositories it is ``local``, which no registry is called. ``reference`` is a tag or a digest; for blobs and
+    referrers always a digest, for an upload its id, empty when it is to begin. ``query`` is what followed the question
+    mark, as it was sent.
     """
 
     kind: Kind
@@ -52,8 +62,11 @@ def kind_of(target: str) -> str:
     """What a request target is about, for counting, well-formed or not: a Kind, or ``api``."""
     if not is_registry_path(target):
         return "api"
-    parts = target.partition("?")[0].rsplit("/", 2)
-    return _KINDS.get(parts[-2], "tags" if parts[-2:] == ["tags", "list"] else "ping")
+    path = target.partition("?")[0]
+    parts = path.rsplit("/", 2)
+    if parts[-2:] == ["tags", "list"]:
+        return "tags"
+    return _LOCAL_KINDS.get(parts[-2], "upload" if "/blobs/uploads/" in path else "ping")
 
 
 def parse_route(method: str, target: str) -> Route:
@@ -62,11 +75,16 @@ def parse_route(method: str, target: str) -> Route:
     Raises MethodNotAllowed, NameInvalid, DigestInvalid, or NameUnknown for a malformed token.
     Source: distribution-spec, "Endpoints"; ``wave.md`` §2.2 with its vectors V15.
     """
-    if method not in ("GET", "HEAD"):
-        raise MethodNotAllowed(f"{method[:20]} is not supported here: images are pulled with GET and HEAD")
     path, _, query = target.partition("?")
     decoded = unquote(path, errors="replace")
     parts = decoded.split("/")[2:]
+    if parts and parts[0] == LOCAL:
+        return _parse_local(method, decoded, parts[1:], query)
+    if method not in _READING:
+        raise MethodNotAllowed(
+            f"{method[:20]} is not supported here: images are pulled with GET and HEAD, "
+            f"and pushed to repositories whose names begin with {LOCAL}/"
+        )
     if parts in ([], [""]):
         return Route("ping", query=query)
     if parts[0] == "wt":
@@ -80,6 +98,24 @@ def parse_route(method: str, target: str) -> Route:
     return _parse_content(decoded, parts, query, token="", registry=DOCKER_HUB)
 
 
+def _parse_local(method: str, path: str, parts: list[str], query: str) -> Route:
+    if parts[-2:] == ["blobs", "uploads"]:
+        parts = [*parts, ""]
+    if parts[-3:-1] == ["blobs", "uploads"]:
+        repository, reference = "/".join(parts[:-3]), parts[-1]
+        if not is_repository(repository):
+            raise NameInvalid(f"{clip(path)} is not /v2/{LOCAL}/<name>/blobs/uploads/…, with a name in lower case")
+        route = Route("upload", "", LOCAL, repository, reference, query)
+        allowed = _LOCAL_METHODS["upload"] if reference else ("POST",)
+    else:
+        route = _parse_content(path, parts, query, token="", registry=LOCAL)
+        allowed = _LOCAL_METHODS.get(route.kind, _READING)
+    if method not in allowed:
+        allow = ", ".join(allowed)
+        raise MethodNotAllowed(f"{method[:20]} is not supported here, but {allow}", allow)
+    return route
+
+
 def _parse_content(path: str, parts: list[str], query: str, *, token: str, registry: str) -> Route:
     *name, kind, reference = parts if len(parts) > 1 else ("", "", "")
     repository = "/".join(name)
@@ -87,10 +123,11 @@ def _parse_content(path: str, parts: list[str], query: str, *, token: str, regis
         raise NameInvalid(f"{clip(path)} is not /v2/<name>/manifests|blobs|tags/…, with a name in lower case")
     if kind == "tags" and reference == "list":
         return Route("tags", token, registry, repository, "", query)
-    if kind not in _KINDS:
+    kinds = _LOCAL_KINDS if registry == LOCAL else _KINDS
+    if kind not in kinds:
         raise NameInvalid(f"{clip(path)} has neither manifests, blobs nor tags/list behind the repository")
-    if kind == "blobs" or ":" in reference:
+    if kind != "manifests" or ":" in reference:
         parse_digest(reference)
     elif not is_tag(reference):
         raise NameInvalid(f"{clip(reference)} is neither a tag nor a digest")
-    return Route(_KINDS[kind], token, registry, repository, reference, query)
+    return Route(kinds[kind], token, registry, repository, reference, query)

@@ -36,7 +36,7 @@ class RequestStats:
     bytes: int = 0
 
     def count(self, kind: str, state: str, status: int, seconds: float) -> None:
-        """Count a request. ``kind``: manifest, blob, tags, ping, api; ``state``: hit, miss, fill, stale, none."""
+        """Count a request. ``kind``: as ``kind_of`` says; ``state``: hit, miss, fill, stale, none."""
         self.first_byte[kind, state, status].observe(seconds)
 
     @property

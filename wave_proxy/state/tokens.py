@@ -100,6 +100,19 @@ class TokenStore:
             await pipe.execute()
         return token
 
+    async def keep_layers(self, layers: tuple[Layer, ...], keep_s: float) -> tuple[Layer, ...]:
+        """Keep the inline ones of these layers apart, for ``find_layer``; returns all as a record may hold them.
+
+        Raises as ``put``.
+        """
+        kept, contents = await asyncio.to_thread(_take_out, layers)
+        if contents:
+            async with answered(), self._redis.pipeline(transaction=True) as pipe:
+                for digest, content in contents.items():
+                    pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(int(keep_s), 1))
+                await pipe.execute()
+        return kept
+
     async def find_record(self, token: str) -> TokenRecord | None:
         """The record of a token, also after it expired or was deleted; None when there is none (any more)."""
         async with answered():

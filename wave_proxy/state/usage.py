@@ -82,7 +82,7 @@ class _Flush:
 
 
 class Usage:
-    """Counts pulls, in memory at once and in Redis soon after; ``run`` and ``follow_days`` must run beside it."""
+    """Counts pulls and builds: in memory at once, in Redis soon after, by ``run`` and ``follow_days`` beside it."""
 
     def __init__(self, redis: Redis, clock: Callable[[], float] = time) -> None:
         """``clock`` tells the day: epoch seconds."""
@@ -101,6 +101,10 @@ class Usage:
     def count(self, email: str | None, fusion: bool) -> None:
         """One pull by the user with that e-mail address, if there is one; ``fusion``: of an image with Fusion."""
         self._add_pulls(organisation_of(email), fusion, 1)
+
+    def count_build(self, email: str | None) -> None:
+        """One build that was begun for the user with that e-mail address, if there is one."""
+        self._add("builds", organisation_of(email), 1)
 
     def cell(self, email: str | None, fusion: bool) -> Cell:
         """The cell of the user's organisation, to keep for as long as it is used; what it counts is not lost then."""
@@ -138,8 +142,8 @@ class Usage:
             await self._flush()
         except StateUnavailable as err:
             left = [self._waiting, self._pending.fields if self._pending else {}]
-            lost = sum(count for fields in left for (_, kind, _), count in fields.items() if kind == "pulls")
-            _log.warning("the last pulls are not counted", pulls=lost, error=str(err))
+            lost = sum(count for fields in left for (_, kind, _), count in fields.items() if kind != "fusion")
+            _log.warning("the last pulls and builds are not counted", number=lost, error=str(err))
 
     async def read(self, kind: Kind, day: str | None = None, organisation: str | None = None) -> Counts:
         """The counts of a day (``2026-01-31``) or of all, of one organisation or of all. Raises StateUnavailable.

@@ -72,19 +72,31 @@ def basic_authorization(login: Login) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """What a token is for: those actions in a repository, and to read from ``mount``, another one, if it is named."""
+
+    repository: str
+    actions: str = "pull"
+    mount: str = ""
+
+    def __str__(self) -> str:
+        return f"repository:{self.repository}:{self.actions}"
+
+
+@dataclass(frozen=True, slots=True)
 class _Key:
     realm: str
     service: str
-    repository: str
+    scope: Scope
     username: str
 
 
-def _key(challenge: Challenge, repository: str, login: Login | None) -> _Key:
-    return _Key(challenge.realm, challenge.service, repository, login.username if login else "")
+def _key(challenge: Challenge, scope: Scope, login: Login | None) -> _Key:
+    return _Key(challenge.realm, challenge.service, scope, login.username if login else "")
 
 
 class BearerTokens:
-    """Tokens to pull with, kept until they expire; callers that need the same one share one fetch."""
+    """Bearer tokens, kept until they expire; callers that need the same one share one fetch."""
 
     def __init__(self, egress: Egress) -> None:
         self._egress = egress
@@ -92,14 +104,14 @@ class BearerTokens:
         self._fetches: dict[_Key, asyncio.Task[str]] = {}
 
     async def get(
-        self, challenge: Challenge, repository: str, login: Login | None, endpoint: Endpoint, *, stale: str = ""
+        self, challenge: Challenge, scope: Scope, login: Login | None, endpoint: Endpoint, *, stale: str = ""
     ) -> str:
-        """A token for pulling from that repository; never ``stale``, the one that was refused just now.
+        """A token for that scope; never ``stale``, the one that was refused just now.
 
         The fetch belongs to this object, so that a caller who gives up takes nothing from the others.
         Raises Denied, AddressRefused, TooManyRequests, UpstreamError and its children.
         """
-        key = _key(challenge, repository, login)
+        key = _key(challenge, scope, login)
         text, expires = self._tokens.get(key, ("", 0.0))
         if text and text != stale and monotonic() < expires:
             return text
@@ -109,17 +121,17 @@ class BearerTokens:
             fetch.add_done_callback(lambda _: self._fetches.pop(key))
         return await asyncio.shield(fetch)
 
-    def forget(self, challenge: Challenge, repository: str, login: Login | None) -> None:
+    def forget(self, challenge: Challenge, scope: Scope, login: Login | None) -> None:
         """Give that token to nobody again: the registry refuses it."""
-        self._tokens.pop(_key(challenge, repository, login), None)
+        self._tokens.pop(_key(challenge, scope, login), None)
 
     async def _fetch(self, key: _Key, login: Login | None, endpoint: Endpoint) -> str:
         realm = parse_url(key.realm)
-        query = {"service": key.service} if key.service else {}
-        url = realm.update_query({**query, "scope": f"repository:{key.repository}:pull"})
+        scopes = [str(key.scope), *([str(Scope(key.scope.mount))] if key.scope.mount else [])]
+        url = realm.update_query({**({"service": key.service} if key.service else {}), "scope": scopes})
         headers = {"Authorization": basic_authorization(login)} if login and _may_know(realm, endpoint) else {}
         response = await self._egress.follow("GET", str(url), headers=headers, endpoint=endpoint)
-        what = f"a token for {endpoint.registry}/{key.repository}"
+        what = f"a token for {endpoint.registry}/{key.scope.repository}"
         if response.status in (401, 403):
             said = await self._egress.explain(response)
             raise Denied(

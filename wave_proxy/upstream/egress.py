@@ -3,8 +3,8 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -40,6 +40,10 @@ READ_BUFFER_BYTES = 1 << 20
 
 # Each piece of a blob costs a change of threads and wakes who reads along.
 
+Body = bytes | Callable[[], AsyncIterable[bytes]]
+"""What a request carries: all of it, or what gives its pieces, anew for each time that it is sent."""
+
+_STORE_TIMEOUT_S = 300.0  # object stores copy a large blob when it is complete
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ERROR_BYTES = 64 << 10
 _MAX_RETRY_AFTER_S = 60
@@ -183,10 +187,10 @@ def retry_after_s(value: str, now: float) -> int | None:
 Session = aiohttp.ClientSession
 
 
-def unix_session(path: str, limit: int) -> Session:
-    """A session with a server on a Unix socket, at most ``limit`` connections; bodies and headers stay as they are."""
+def unix_session(path: str) -> Session:
+    """A session with a server on a Unix socket, over any number of connections; bodies and headers stay as they are."""
     return aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(path=path, limit=limit),
+        connector=aiohttp.UnixConnector(path=path, limit=0),
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
@@ -228,6 +232,9 @@ class Egress:
         self._connect_timeout_s = connect_timeout_s
         self._response_timeout_s = response_timeout_s
         self._idle_timeout_s = idle_timeout_s
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s, sock_read=response_timeout_s)
+        # While a body is sent nothing is read, so that would count as a pause.
+        self._sending_timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
         self._sessions: dict[_Policy, aiohttp.ClientSession] = {}
         self._trusts = {e.ca_file: _trust(e.ca_file) for e in self._endpoints.values() if e.ca_file}
 
@@ -252,7 +259,13 @@ class Egress:
         return await self._hop(method, parse_url(url), headers or {}, endpoint)
 
     async def follow(
-        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, endpoint: Endpoint | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        endpoint: Endpoint | None = None,
+        body: Body | None = None,
     ) -> aiohttp.ClientResponse:
         """The answer at the end of at most 5 redirects, each of them checked as ``request`` does.
 
@@ -262,12 +275,12 @@ class Egress:
         target = parse_url(url)
         home, sent, seen = origin_of(target), dict(headers or {}), {target}
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._hop(method, target, sent, endpoint)
+            response = await self._hop(method, target, sent, endpoint, body)
             if response.status not in _REDIRECTS:
                 return response
             location = response.headers.get("Location")
             response.release()
-            target = self._next_hop(target, location, endpoint)
+            target = self.next_hop(target, location, endpoint)
             if target in seen:
                 raise UpstreamError(f"{authority_of(target)} redirects in a loop")
             seen.add(target)
@@ -275,7 +288,8 @@ class Egress:
                 sent.pop("Authorization", None)
         raise UpstreamError(f"{home[1]} redirects more than {MAX_REDIRECTS} times")
 
-    def _next_hop(self, current: URL, location: str | None, endpoint: Endpoint | None) -> URL:
+    def next_hop(self, current: URL, location: str | None, endpoint: Endpoint | None) -> URL:
+        """Where a Location header of the answer from ``current`` leads. Raises UpstreamError."""
         if not location:
             raise UpstreamError(f"{authority_of(current)} redirects to nowhere: the Location header is missing")
         target = parse_url(location, current)
@@ -292,7 +306,12 @@ class Egress:
         return self._by_place.get(place)
 
     async def _hop(
-        self, method: str, url: URL, headers: Mapping[str, str], endpoint: Endpoint | None
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        endpoint: Endpoint | None,
+        body: Body | None = None,
     ) -> aiohttp.ClientResponse:
         if self._offline:
             raise Offline(
@@ -304,14 +323,32 @@ class Egress:
         sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
         try:
             # aiohttp measures pauses; the sum of both limits ends a head that comes byte by byte.
-            async with asyncio.timeout(self._connect_timeout_s + self._response_timeout_s):
+            async with asyncio.timeout(self._connect_timeout_s + self._response_timeout_s) as limit:
                 response = await self._session(policy).request(
-                    method, url, headers=sent, allow_redirects=False, proxy=policy.proxy or None
+                    method,
+                    url,
+                    headers=sent,
+                    data=self._moving(body(), limit) if callable(body) else body,
+                    timeout=self._timeout if body is None else self._sending_timeout,
+                    allow_redirects=False,
+                    proxy=policy.proxy or None,
                 )
         except (aiohttp.ClientError, OSError) as err:
             raise self._translate(err, authority_of(url), there) from err
         self._limit_pauses(response)
         return response
+
+    async def _moving(self, body: AsyncIterable[bytes], limit: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+        """The pieces of ``body``, each of which the other side has to take within the idle timeout."""
+
+        def allow(pause_s: float) -> None:
+            with suppress(RuntimeError):  # the answer has come before all was sent
+                limit.reschedule(asyncio.get_running_loop().time() + pause_s)
+
+        async for chunk in body:
+            allow(self._idle_timeout_s)
+            yield chunk
+        allow(max(_STORE_TIMEOUT_S, self._response_timeout_s))
 
     def _session(self, policy: _Policy) -> aiohttp.ClientSession:
         session = self._sessions.get(policy)
@@ -324,9 +361,7 @@ class Egress:
             )
             session = self._sessions[policy] = aiohttp.ClientSession(
                 connector=connector,
-                timeout=aiohttp.ClientTimeout(
-                    total=None, connect=self._connect_timeout_s, sock_read=self._response_timeout_s
-                ),
+                timeout=self._timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 read_bufsize=READ_BUFFER_BYTES,
@@ -433,16 +468,46 @@ class Egress:
                 return f"{status}, {clip(text, 200)}"
         return status
 
-    async def failure(self, response: aiohttp.ClientResponse, what: str) -> WaveError:
-        """The error for an answer that is none: TooManyRequests, UpstreamFailing (5xx) or UpstreamError."""
+    async def failure(self, response: aiohttp.ClientResponse, what: str, verb: str = "give") -> WaveError:
+        """The error for an answer that is none: TooManyRequests, UpstreamFailing (5xx) or UpstreamError.
+
+        ``verb`` is what the other side was to do with ``what``.
+        """
         host = authority_of(response.url)
         wait_s = retry_after_s(response.headers.get("Retry-After", ""), time())
         said = await self.explain(response)
         if response.status == 429:
             return TooManyRequests(f"{host} limits requests, {what} has to wait ({said})", wait_s)
         if response.status >= 500:
-            return UpstreamFailing(f"{host} fails to give {what} ({said})")
-        return UpstreamError(f"{host} does not give {what} ({said})")
+            return UpstreamFailing(f"{host} fails to {verb} {what} ({said})")
+        return UpstreamError(f"{host} does not {verb} {what} ({said})")
+
+    async def connect(
+        self, host: str, port: int, *, allow_private: bool = False, tls: bool = False
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection, for who speaks something else than our requests; the caller closes it.
+
+        It goes to public addresses only, unless ``allow_private`` or the configured registry that is there says other.
+        Raises AddressRefused, HostUnknown, UpstreamUnavailable, UpstreamTimeout, Offline.
+        """
+        there = self._by_place.get((host.lower(), port))
+        if self._offline:
+            raise Offline(f"this proxy is offline ([upstream] offline = true): no connection to {host} is made")
+        context = (self._trust(there.ca_file) if there and there.ca_file else True) if tls else None
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                private = allow_private or (there is not None and there.allow_private)
+                addresses = await _resolve(host, port, private=private)
+                return await _connect_first(addresses, port, ssl=context, server_hostname=host if tls else None)
+        except TimeoutError as err:
+            raise UpstreamTimeout(f"no connection to {host} within {self._connect_timeout_s:g} s") from err
+        except socket.gaierror as err:
+            text = f"this machine can't resolve {host}: {err.strerror}"
+            raise (HostUnknown if err.errno in _NO_SUCH_HOST else UpstreamUnavailable)(text) from err
+        except _PrivateAddress as err:
+            raise AddressRefused(f"{host} is at a private or loopback address") from err
+        except (OSError, ValueError) as err:  # ValueError: a host that no name service takes
+            raise UpstreamUnavailable(f"no connection to {host}:{port}: {clip(str(err))}") from err
 
     async def close(self) -> None:
         """Close all connections; answers that are still being read break off."""
@@ -457,3 +522,23 @@ def _trust(ca_file: str) -> ssl.SSLContext:
     context.load_verify_locations(cafile=ca_file)
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+async def _resolve(host: str, port: int, *, private: bool) -> list[str]:
+    """The addresses of a host that may be connected to, in the order to try. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+    allowed = [address for address in addresses if private or is_public(address)]
+    if not allowed:
+        raise _PrivateAddress
+    return allowed
+
+
+async def _connect_first(
+    addresses: list[str], port: int, *, ssl: ssl.SSLContext | bool | None, server_hostname: str | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to the first of these addresses that takes one. Raises OSError."""
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return await asyncio.open_connection(address, port, ssl=ssl, server_hostname=server_hostname)
+    return await asyncio.open_connection(addresses[-1], port, ssl=ssl, server_hostname=server_hostname)

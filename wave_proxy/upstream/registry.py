@@ -2,11 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -41,10 +41,10 @@ from wave_proxy.image.oci import (
     sniff_media_type,
 )
 from wave_proxy.image.reference import DOCKER_HUB
-from wave_proxy.upstream.bearer import BearerTokens, Challenge, basic_authorization, choose_challenge
+from wave_proxy.upstream.bearer import BearerTokens, Challenge, Scope, basic_authorization, choose_challenge
 from wave_proxy.upstream.breaker import Breakers
 from wave_proxy.upstream.credentials import Credentials
-from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, origin_of, parse_url
+from wave_proxy.upstream.egress import Body, Egress, Endpoint, authority_of, origin_of, parse_url, retry_after_s
 from wave_proxy.upstream.limits import Limits
 from wave_proxy.upstream.stats import UpstreamStats
 from wave_proxy.upstream.transfer import BlobStream, Transfers, Wanted
@@ -96,17 +96,48 @@ class TagsPage:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """What a request is about: a path in a repository, its name in messages, and the error when it isn't there."""
+    """What a request is about: a path in a repository, its name in messages, and the error when it isn't there.
+
+    ``mount`` is the repository that a push takes a blob from; ``body`` what is sent. ``location`` replaces the path.
+    """
 
     endpoint: Endpoint
     repository: str
     path: str
     name: str
     missing: type[WaveError]
+    is_push: bool = False
+    mount: str = ""
+    body: Body | None = None
+    location: str = ""
 
     @property
     def url(self) -> str:
-        return f"{self.endpoint.url}/v2/{quote(self.repository)}/{self.path}"
+        return self.location or f"{self.endpoint.url}/v2/{quote(self.repository)}/{self.path}"
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.repository, "pull,push" if self.is_push else "pull", self.mount)
+
+
+@dataclass(frozen=True, slots=True)
+class PushRequest:
+    """One request of a push. ``target`` is a path in the repository, or the URL that an earlier answer led to.
+
+    ``what`` names it in messages. ``mount`` is the repository of the same registry that a blob is to be taken from.
+    """
+
+    method: str
+    registry: str
+    repository: str
+    target: str
+    what: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Body | None = None
+    mount: str = ""
+
+
+_AT_ONCE = {"Prefer": "wait=0"}  # RFC 7240, 4.3
 
 
 class Registry:
@@ -142,13 +173,16 @@ class Registry:
 
     # --- what callers ask for ------------------------------------------------------------------------------------
 
-    async def head_manifest(self, registry: str, repository: str, reference: str) -> ManifestHead:
+    async def head_manifest(
+        self, registry: str, repository: str, reference: str, *, at_once: bool = False
+    ) -> ManifestHead:
         """Digest, media type and size of a manifest; costs a GET where upstream's HEAD does not tell them.
 
+        ``at_once`` asks a registry that could wait for an image, as our own does for builds, not to.
         Raises ManifestUnknown, DigestInvalid.
         """
         subject = self._manifest(registry, repository, reference)
-        response = await self._head(subject, {"Accept": ACCEPT_MANIFESTS})
+        response = await self._head(subject, {"Accept": ACCEPT_MANIFESTS} | (_AT_ONCE if at_once else {}))
         head = _read_head(response, reference)
         if head is None:
             manifest = await self.fetch_manifest(registry, repository, reference)
@@ -197,6 +231,32 @@ class Registry:
         about = f"tags of {name}"
         async with self._slot(registry, about):
             return await self._retried(registry, about, lambda: self._read_tags(subject))
+
+    async def push(self, request: PushRequest, wanted: frozenset[int]) -> ClientResponse:
+        """The answer to one request of a push, if its status is wanted; the caller releases it. It is not repeated.
+
+        The login goes to the registry's own address alone. Raises NameUnknown for 404.
+        """
+        endpoint = self._egress.endpoint(request.registry)
+        is_url = "://" in request.target
+        subject = _Subject(
+            endpoint,
+            request.repository,
+            request.target,
+            request.what,
+            NameUnknown,
+            is_push=True,
+            mount=request.mount,
+            body=request.body,
+            location=request.target if is_url else "",
+        )
+        async with self._limits.slot(request.registry):
+            return await self._ask(request.method, subject, dict(request.headers), wanted)
+
+    def upload_location(self, response: ClientResponse, registry: str) -> str:
+        """The absolute URL of the upload that an answer speaks of. Raises UpstreamError without one."""
+        location = response.headers.get("Location")
+        return str(self._egress.next_hop(response.url, location, self._egress.endpoint(registry)))
 
     # --- reading answers -----------------------------------------------------------------------------------------
 
@@ -285,10 +345,25 @@ class Registry:
             return response
         if response.status in (401, 403):
             raise self._denied(response, subject, await self._egress.explain(response))
+        if subject.is_push:
+            raise await self._refusal(response, subject)
         if response.status == 404:
             response.release()
             raise subject.missing(f"repository {subject.name!r} not found")
         raise await self._egress.failure(response, subject.name)
+
+    async def _refusal(self, response: ClientResponse, subject: _Subject) -> WaveError:
+        """The error for what a registry does not take; ``retry_after_s`` is what its header asks for."""
+        if response.status == 404:
+            said = await self._egress.explain(response)
+            return NameUnknown(
+                f"registry {subject.endpoint.registry!r} does not take {subject.name} ({said}); "
+                "where it wants repositories to be created first, create that one"
+            )
+        wait_s = retry_after_s(response.headers.get("Retry-After", ""), time())
+        error = await self._egress.failure(response, subject.name, "take")
+        error.retry_after_s = wait_s
+        return error
 
     async def _ask_url(self, url: str, headers: dict[str, str], wanted: frozenset[int]) -> ClientResponse:
         response = await self._follow("GET", url, headers, authority_of(parse_url(url)))
@@ -325,7 +400,7 @@ class Registry:
             raise self._denied(response, subject, said)
         response = await self._send(method, subject, headers, fresh)
         if response.status == 401:
-            self._bearers.forget(challenge, subject.repository, self._credentials.find(subject.endpoint.registry))
+            self._bearers.forget(challenge, subject.scope, self._credentials.find(subject.endpoint.registry))
         else:
             self._remember(place, challenge)
         return response
@@ -333,15 +408,22 @@ class Registry:
     async def _send(
         self, method: str, subject: _Subject, headers: dict[str, str], authorization: str
     ) -> ClientResponse:
-        sent = {**headers, "Authorization": authorization} if authorization else headers
-        return await self._follow(method, subject.url, sent, subject.endpoint.registry, subject.endpoint)
+        is_home = origin_of(parse_url(subject.url)) == origin_of(URL(subject.endpoint.url))
+        sent = {**headers, "Authorization": authorization} if authorization and is_home else headers
+        return await self._follow(method, subject.url, sent, subject.endpoint.registry, subject.endpoint, subject.body)
 
     async def _follow(
-        self, method: str, url: str, headers: dict[str, str], registry: str, endpoint: Endpoint | None = None
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        registry: str,
+        endpoint: Endpoint | None = None,
+        body: Body | None = None,
     ) -> ClientResponse:
         self.stats.sent(registry)
         try:
-            response = await self._egress.follow(method, url, headers=headers, endpoint=endpoint)
+            response = await self._egress.follow(method, url, headers=headers, endpoint=endpoint, body=body)
         except WaveError:
             self.stats.failed(registry)
             raise
@@ -355,7 +437,7 @@ class Registry:
         if challenge.scheme == "basic":
             return basic_authorization(login) if login else ""
         token = await self._bearers.get(
-            challenge, subject.repository, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
+            challenge, subject.scope, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
         )
         return f"Bearer {token}"
 
@@ -373,6 +455,12 @@ class Registry:
             hint = "check username and password in"
         else:
             hint = "if it exists and is private, set username and password in"
+        if subject.is_push:
+            hint = hint.replace("if it exists and is private, ", "")
+            return Denied(
+                f"registry {registry!r} does not let us push to repository {subject.repository!r} ({said}); "
+                f'{hint} [registries."{registry}"]'
+            )
         return Denied(
             f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); "
             f'{hint} [registries."{registry}"]'

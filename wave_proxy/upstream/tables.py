@@ -47,11 +47,16 @@ def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
     }
 
 
-def read_credentials(tables: Mapping[str, RegistryTable]) -> Credentials:
-    """The logins of the registries that have a user. Raises OSError when a password's file can't be read."""
-    return Credentials(
-        {host: Login(table.username, table.read_password()) for host, table in tables.items() if table.username}
-    )
+def with_own(endpoints: Mapping[str, Endpoint], authority: str, url: str) -> dict[str, Endpoint]:
+    """These endpoints and our own, ``authority`` in image names, which is reached at ``url`` unless a table says so."""
+    insecure = url.startswith("http://")
+    return {authority: endpoint_for(authority, url=url, insecure=insecure, allow_private=True), **endpoints}
+
+
+def read_credentials(tables: Mapping[str, RegistryTable], own: Mapping[str, Login] | None = None) -> Credentials:
+    """The logins of the registries that have a user, and ``own`` ones. Raises OSError for an unreadable password."""
+    found = {host: Login(table.username, table.read_password()) for host, table in tables.items() if table.username}
+    return Credentials({**(own or {}), **found})
 
 
 def read_limits(tables: Mapping[str, RegistryTable], max_connections: int | None, workers: int) -> Limits:

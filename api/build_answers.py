@@ -1,0 +1,53 @@
+"""What builds look like in answers (``wave.md`` §1.7)."""
+
+from typing import Any
+
+from api.answers import filled, format_instant, format_seconds
+from wave_proxy.image.build import BuildRecord, Compression
+
+
+def described_build(record: BuildRecord) -> dict[str, Any]:
+    """A build as it stands. Who asked for it is told by number alone; ``reason`` is there once it has failed."""
+    spec = record.spec
+    return filled(
+        {
+            "buildId": record.build_id,
+            "dockerFile": spec.container_file,
+            "condaFile": spec.conda_file,
+            "targetImage": f"oras://{spec.target_image}" if spec.format == "sif" else spec.target_image,
+            "userId": spec.identity.user_id,
+            "startTime": format_instant(record.created),
+            "offsetId": "Z",
+            "duration": _duration(record),
+            "exitStatus": record.exit_status,
+            "platform": spec.platform,
+            "format": "SINGULARITY" if spec.format == "sif" else "DOCKER",
+            "digest": record.digest,
+            "compression": _compression(spec.compression),
+            "buildTemplate": spec.template,
+            "reason": record.reason,
+        }
+    )
+
+
+def build_status(record: BuildRecord) -> dict[str, Any]:
+    """How far a build is: ``PENDING`` until it is done, and only then with ``succeeded`` and ``duration``."""
+    return filled(
+        {
+            "id": record.build_id,
+            "status": "PENDING" if record.phase != "done" else "COMPLETED",
+            "startTime": format_instant(record.created),
+            "duration": _duration(record),
+            "succeeded": record.succeeded,
+            "reason": record.reason,
+        }
+    )
+
+
+def _duration(record: BuildRecord) -> Any:
+    return None if record.duration_s is None else format_seconds(record.duration_s)
+
+
+def _compression(compression: Compression) -> dict[str, Any] | None:
+    given = filled({"mode": compression.mode, "level": compression.level, "force": compression.force})
+    return given or None

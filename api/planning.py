@@ -1,0 +1,165 @@
+"""From a container request to what is built: texts, repository, names and id (``wave.md`` §4.8 and 4.9)."""
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from api.freeze import base_of, entrypoint_of, frozen
+from api.inspection import explained, fetch_entrypoint
+from api.naming import cache_repository, container_id, target_image
+from api.recipes import recipe_for
+from api.schema import Submission
+from wave_proxy.errors import (
+    ContentMismatch,
+    Denied,
+    HostUnknown,
+    ManifestUnknown,
+    NameUnknown,
+    NotImplementedHere,
+    RequestInvalid,
+    clip,
+)
+from wave_proxy.image.build import BuildSpec, Compression, Compressor, Format
+from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
+from wave_proxy.image.reference import parse_reference
+from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class BuildDefaults:
+    """What the operator decided for requests that leave it open.
+
+    Content that a request carries is kept for ``kept_s`` for the builder.
+    """
+
+    repository: str
+    cache_repository: str = ""
+    conda_template: str = "conda/micromamba:v1"
+    compression: Compressor = "gzip"
+    timeout_s: float = 900.0
+    kept_s: float = 7 * 86400.0
+
+
+def wants_build(request: Submission) -> bool:
+    """Whether a request is for an image that does not exist yet.
+
+    Attributes that only say how a build would be done (repositories, compression, template) do not make one: Nextflow
+    sends them with requests for plain images too, when its configuration has them.
+    """
+    return bool(request.container_file or request.packages or request.conda_file or request.freeze)
+
+
+class Planner:
+    """Makes specs of builds, and knows whether what they make is there."""
+
+    def __init__(self, registry: Registry, tokens: TokenStore, defaults: BuildDefaults) -> None:
+        self._registry = registry
+        self._tokens = tokens
+        self._defaults = defaults
+
+    async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
+        """What to build for a request; of ``wanted``, what the submission does not say by itself.
+
+        Raises RequestInvalid, NotImplementedHere, UpstreamUnavailable.
+        """
+        kind: Format = "sif" if request.format == "sif" else "docker"
+        platform = _platform(request)
+        recipe = await asyncio.to_thread(recipe_for, request, default_template=self._defaults.conda_template)
+        baked = wanted.config if request.freeze else ContainerConfig()
+        text = recipe.container_file
+        if request.freeze:
+            text = await self._freeze(text, request.container_image or "", baked, platform, kind)
+        repository = request.build_repository or self._defaults.repository
+        context = request.build_context.to_layer() if request.build_context else None
+        asked_layers = len(request.config.layers)
+        name = container_id(
+            container_file=text,
+            conda_file=recipe.conda_file,
+            platform=str(platform),
+            repository=repository,
+            context=context,
+            config=request.container_config if baked else None,
+            included=baked.layers[asked_layers:],
+        )
+        target = target_image(repository, name, recipe.conda_file, request.name_strategy)
+        return BuildSpec(
+            container_id=name,
+            target_image=str(parse_reference(target)),
+            container_file=text,
+            conda_file=recipe.conda_file,
+            context=context,
+            layers=baked.layers,
+            platform=str(platform),
+            format=kind,
+            build_repository=repository,
+            cache_repository=self._cache_repository(request),
+            compression=self._compression(request),
+            template=recipe.template,
+            freeze=bool(request.freeze),
+            timeout_s=self._defaults.timeout_s,
+            identity=wanted.identity,
+            ip_address=wanted.ip_address,
+        )
+
+    async def keep(self, spec: BuildSpec) -> BuildSpec:
+        """The spec with its inline layers and context kept apart, for the builder to find.
+
+        Raises RequestInvalid for those that are not what they say.
+        """
+        carried = (*spec.layers, *((spec.context,) if spec.context else ()))
+        try:
+            kept = await self._tokens.keep_layers(carried, self._defaults.kept_s)
+        except ContentMismatch as err:  # the caller's fault, not an upstream's
+            raise RequestInvalid(str(err)) from None
+        return replace(spec, layers=kept[: len(spec.layers)], context=kept[-1] if spec.context else None)
+
+    async def find_image(self, spec: BuildSpec) -> str:
+        """The digest of the image that a build would make; empty when it is not there.
+
+        Raises RequestInvalid when its repository can't be read, UpstreamUnavailable.
+        """
+        target = parse_reference(spec.target_image)
+        try:
+            head = await self._registry.head_manifest(
+                target.registry, target.repository, target.reference, at_once=True
+            )
+        except (Denied, HostUnknown) as err:
+            raise RequestInvalid(f"buildRepository: {clip(spec.build_repository)} can't be used: {err}") from None
+        except (ManifestUnknown, NameUnknown):
+            return ""
+        return head.digest
+
+    async def _freeze(self, text: str, image: str, config: ContainerConfig, platform: Platform, kind: Format) -> str:
+        """The container file with the changes in it. Source: ``wave.md`` §4.8."""
+        if text and not config:
+            return text
+        own = entrypoint_of(text) if text else None
+        base = base_of(text) if text else image
+        if own is None and base:
+            reference = parse_reference(base)
+            with explained(reference):
+                own = await fetch_entrypoint(self._registry, reference, platform)
+        named = str(parse_reference(image)) if image else ""
+        return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
+
+    def _cache_repository(self, request: Submission) -> str:
+        return cache_repository(
+            request.build_repository or "",
+            request.cache_repository or "",
+            default_build=self._defaults.repository,
+            default_cache=self._defaults.cache_repository,
+        )
+
+    def _compression(self, request: Submission) -> Compression:
+        asked = request.build_compression
+        if asked is None:
+            return Compression(self._defaults.compression)
+        return Compression(asked.mode or self._defaults.compression, asked.level, asked.force)
+
+
+def _platform(request: Submission) -> Platform:
+    platforms = parse_platforms(request.container_platform) if request.container_platform else (LINUX_AMD64,)
+    if len(platforms) > 1:
+        raise NotImplementedHere("containerPlatform: builds for several platforms at once are not supported yet")
+    return platforms[0]

@@ -1,0 +1,204 @@
+"""Container files run by buildah on this machine, each in a box with storage of its own."""
+
+import asyncio
+import re
+import shutil
+from json import dumps
+from pathlib import Path
+from tempfile import mkdtemp
+from urllib.parse import urlsplit
+
+from builder.box import HOME, SPARE_PROCESSES, Boxes, BoxUnavailable, Run
+from builder.engines import EngineMissing, Job
+from builder.engines.registries import registries_conf, translate_auth
+from builder.failures import BuildFailed, classify, timed_out
+from builder.gate import Gate
+from builder.ids import IdsMissing, find_ids
+from builder.limits import Limits, Meter, Tail
+from wave_proxy.image.build import Compression
+
+_LEAST_VERSION = (1, 28)
+_TAIL_BYTES = 64 << 10
+_IMAGE = "localhost/built"
+_LAYOUT = "layout"
+_LEVELS = {"gzip": (1, 9), "zstd": (1, 20)}  # what its compressors take
+_CONTAINERS_CONF = """\
+[containers]
+default_ulimits = []
+default_sysctls = []
+volumes = []
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+"""
+
+
+class Buildah:
+    """Runs builds with buildah ≥ 1.28 in chroot isolation.
+
+    ``proxy_url`` is wave-proxy as the builder reaches it, ``authority`` what the names of its own images begin with.
+    Without a ``gate`` builds have the machine's network.
+    """
+
+    def __init__(self, limits: Limits, gate: Gate | None, proxy_url: str, authority: str) -> None:
+        self._limits = limits
+        self._boxes = Boxes(limits, gate)
+        self._authority = authority
+        self._registry = gate.registry if gate else urlsplit(proxy_url).netloc
+        self._driver = ""
+
+    @property
+    def registry(self) -> str:
+        """``host:port`` under which a build sees wave-proxy."""
+        return self._registry
+
+    async def check(self) -> None:
+        """Raises EngineMissing when this machine can't run builds: no buildah, an old one, no namespaces, no ids."""
+        if shutil.which("buildah") is None:
+            raise EngineMissing(
+                "the engine buildah needs the program buildah: install the package buildah (Debian 12, Fedora, RHEL 9 "
+                'and later have it), or set [build] engine = "buildkit" or "none"'
+            )
+        try:
+            ids = find_ids()
+        except IdsMissing as err:
+            raise EngineMissing(str(err)) from err
+        if ids.helpers and not (shutil.which("newuidmap") and shutil.which("newgidmap")):
+            raise EngineMissing(
+                "a builder that is not root needs newuidmap and newgidmap: install the package uidmap (shadow-utils), "
+                "or run the builder as root"
+            )
+        _check_version(await self._trial("buildah", "--version"))
+
+    async def _trial(self, *argv: str) -> str:
+        """What a program says in a box. Raises EngineMissing when it can't run there."""
+        folder, said = Path(mkdtemp(prefix="wave-proxy-")), bytearray()
+        try:
+            status = await self._boxes.run(Run(argv, folder, Meter(said.extend, _TAIL_BYTES), {}))
+        except (BoxUnavailable, BuildFailed) as err:
+            raise EngineMissing(str(err)) from err
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+        text = said.decode(errors="replace").strip()
+        if status != 0:
+            raise EngineMissing(f"{' '.join(argv)} ends with exit status {status} in a box: {text}")
+        return text
+
+    async def build(self, job: Job) -> Path:
+        """The OCI image layout of the built image. Raises BuildFailed."""
+        try:
+            async with asyncio.timeout(job.spec.timeout_s):
+                driver = await self._storage_driver(job.folder)
+                await asyncio.to_thread(self._write_configuration, job, driver)
+                tail = Tail(job.log)
+                meter = Meter(tail.write, self._limits.log_bytes)
+                await self._run(job, tail, meter, self._build_command(job))
+                await self._run(job, tail, meter, _push_command(job))
+        except TimeoutError:
+            raise timed_out(job.spec.timeout_s) from None
+        except BoxUnavailable as err:
+            raise BuildFailed(str(err)) from err
+        return job.folder / _LAYOUT
+
+    def _write_configuration(self, job: Job, driver: str) -> None:
+        """All that buildah reads is in the workspace: nothing of the machine's, and no login but the job's."""
+        folder = job.folder / "buildah"
+        for path in (folder, job.folder / "tmp", job.folder / "run"):
+            path.mkdir(mode=0o700, exist_ok=True)
+        (folder / "policy.json").write_text(dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+        (folder / "containers.conf").write_text(_CONTAINERS_CONF)
+        storage = {"driver": driver, "graphroot": str(HOME / "storage"), "runroot": str(HOME / "run")}
+        lines = (f"{key} = {dumps(value)}\n" for key, value in storage.items())
+        (folder / "storage.conf").write_text("[storage]\n" + "".join(lines))
+        (folder / "registries.conf").write_text(registries_conf(job.base_images, self._insecure(job)))
+        if job.auth_file is not None:
+            text = translate_auth(job.auth_file.read_text(), {self._authority: self._registry})
+            auth = folder / "auth.json"
+            auth.touch(mode=0o600)
+            auth.write_text(text)
+
+    def _insecure(self, job: Job) -> tuple[str, ...]:
+        cache = self._cache_repository(job)
+        return (cache,) if cache.startswith(("127.", "localhost", "[::1]")) else ()
+
+    def _cache_repository(self, job: Job) -> str:
+        """The cache repository by the name under which a build reaches it."""
+        host, slash, path = job.spec.cache_repository.partition("/")
+        return f"{self._registry if host == self._authority else host}{slash}{path}"
+
+    async def _run(self, job: Job, tail: Tail, meter: Meter, argv: list[str]) -> None:
+        environment = {
+            "TMPDIR": str(HOME / "tmp"),
+            "XDG_RUNTIME_DIR": str(HOME / "run"),
+            "CONTAINERS_CONF": str(HOME / "buildah" / "containers.conf"),
+            "CONTAINERS_REGISTRIES_CONF": str(HOME / "buildah" / "registries.conf"),
+            "CONTAINERS_STORAGE_CONF": str(HOME / "buildah" / "storage.conf"),
+            "BUILDAH_ISOLATION": "chroot",
+            "_CONTAINERS_USERNS_CONFIGURED": "done",
+        }
+        cache = job.spec.cache_repository
+        writable = cache.partition("/")[2] if cache.partition("/")[0] == self._authority else ""
+        status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable))
+        if status != 0:
+            raise BuildFailed(classify(tail.text, status), status)
+
+    def _build_command(self, job: Job) -> list[str]:
+        spec = job.spec
+        command = ["buildah", "build", "--format", "oci", "--isolation", "chroot"]
+        command += ["--network", "host", "--platform", spec.platform, "--timestamp", str(spec.epoch)]
+        command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
+        command += ["--ulimit", f"nproc={self._limits.processes + SPARE_PROCESSES}", "--retry", "2"]
+        if job.auth_file is not None:
+            command += ["--authfile", str(HOME / "buildah" / "auth.json")]
+        if spec.cache_repository:
+            cache = self._cache_repository(job)
+            command += ["--layers", "--cache-from", cache, "--cache-to", cache]
+        else:
+            command += ["--layers=false"]
+        return [*command, "--file", str(HOME / "Containerfile"), "--tag", _IMAGE, str(HOME / "context")]
+
+    async def _storage_driver(self, folder: Path) -> str:
+        """The same for all builds: their workspaces are on one file system."""
+        if not self._driver:
+            self._driver = "overlay" if await self._has_overlay(folder) else "vfs"
+        return self._driver
+
+    async def _has_overlay(self, folder: Path) -> bool:
+        """Whether the kernel lets a box stack folders of this file system; else each layer is a whole copy."""
+        trial = folder / "trial"
+        script = "mkdir l u w m && mount -t overlay -o lowerdir=l,upperdir=u,workdir=w overlay m && touch m/file"
+        await asyncio.to_thread(trial.mkdir)
+        try:
+            return await self._boxes.run(Run(("sh", "-c", script), trial, Meter(_forget, _TAIL_BYTES), {})) == 0
+        finally:
+            await asyncio.to_thread(shutil.rmtree, trial, True)
+
+
+def _push_command(job: Job) -> list[str]:
+    command = ["buildah", "push", "--quiet", "--format", "oci"]
+    command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
+    return [*command, *compression_options(job), _IMAGE, f"oci:{HOME / _LAYOUT}:latest"]
+
+
+def compression_options(job: Job) -> list[str]:
+    """How ``buildah push`` is told to compress layers; says in the log what it can't do."""
+    wanted: Compression = job.spec.compression
+    mode = wanted.mode or "gzip"
+    if mode == "estargz":
+        job.log(b"compression estargz is not one of buildah's: the layers are compressed with gzip\n")
+        mode = "gzip"
+    options = ["--compression-format", mode]
+    if wanted.level is not None:
+        least, most = _LEVELS[mode]
+        options += ["--compression-level", str(min(max(wanted.level, least), most))]
+    return options
+
+
+def _check_version(said: str) -> None:
+    match = re.search(r"version (\d+)\.(\d+)", said)
+    if match is None or (int(match[1]), int(match[2])) < _LEAST_VERSION:
+        raise EngineMissing(f"the engine buildah needs buildah 1.28 or later: this machine has {said!r}")
+
+
+def _forget(_text: bytes) -> None:
+    """Take a log that nobody reads."""

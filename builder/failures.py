@@ -1,0 +1,144 @@
+"""Why a build failed, in one line that says what to do: read out of what its tools wrote last."""
+
+from collections.abc import Callable
+from re import IGNORECASE, MULTILINE, Match
+from re import compile as compile_pattern
+
+OUT_OF_MEMORY = 137  # 128 + SIGKILL: what a shell, and the kernel's killer, make of it
+TIMED_OUT = 124  # as timeout(1) has it
+NOT_BUILT = 255  # it never came to run anything
+CANCELLED = 130
+
+_MAX_QUOTE = 200
+_TAIL_CHARS = 16 << 10
+_TAIL_LINES = 60
+_MAX_LINE = 1000
+
+
+class BuildFailed(Exception):
+    """A build that ended without an image; ``reason`` is one line for people, the exit status is never 0."""
+
+    def __init__(self, reason: str, exit_status: int = 1) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.exit_status = exit_status or 1
+
+
+def timed_out(timeout_s: float) -> BuildFailed:
+    """The failure of a build that took longer than it may."""
+    return BuildFailed(
+        f"timed out: the build took longer than its limit of {timeout_s:g} s; make it smaller, "
+        "or have the operator raise [build] timeout",
+        TIMED_OUT,
+    )
+
+
+Say = Callable[[Match[str]], str]
+
+
+def _rule(pattern: str, say: str) -> tuple[Callable[[str], Match[str] | None], Say]:
+    """In ``say``, ``{0}`` is the first group that matched."""
+    found = compile_pattern(pattern, IGNORECASE | MULTILINE)
+
+    def last(text: str) -> Match[str] | None:
+        match = None
+        for match in found.finditer(text):  # noqa: B007 - the last one is meant
+            pass
+        return match
+
+    def worded(match: Match[str]) -> str:
+        quote = next((group for group in match.groups() if group), match[0])
+        return say.format(_quoted(quote))
+
+    return last, worded
+
+
+def _quoted(text: str) -> str:
+    """One line without what would break a log or an answer, and not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_QUOTE else line[: _MAX_QUOTE - 1] + "…"
+
+
+# The first that matches names the failure: what a machine ran out of comes before what failed because of that.
+_RULES = (
+    _rule(
+        r"^(.*(?:no space left on device|disk quota exceeded|file size limit exceeded|file too large).*)$",
+        "no space: the build filled the disk space that it has ({0}); install less, or raise [build] disk",
+    ),
+    _rule(
+        r"^(.*(?:cannot allocate (?:memory|vector)|std::bad_alloc|\bMemoryError\b|out of memory|oom-kill"
+        r"|JavaScript heap).*)$",
+        "out of memory: {0}; build with fewer jobs at once, or raise [build] memory",
+    ),
+    _rule(
+        r"^(.*(?:fork: (?:retry: )?resource temporarily unavailable|can't fork|can't start new thread"
+        r"|pthread_create failed).*)$",
+        "too many processes: {0}; build with fewer jobs at once, or raise [build] processes",
+    ),
+    _rule(
+        r"^(.*(?:toomanyrequests|\b429\b[ :,)]*too many requests|status(?: code)?[ :=]*429\b|\berror[ :]+429\b"
+        r"|returned error: 429|limits requests).*)$",
+        "upstream limits requests (429): {0}; wait before trying again, or give the registry or mirror a login",
+    ),
+    _rule(
+        r"^(.*(?:no image found in (?:manifest list|image index) for architecture|no match for platform in manifest"
+        r"|does not match the (?:specified|expected) platform|choosing an image from manifest list).*)$",
+        "missing platform: a base image does not exist for the platform that was asked for ({0}); "
+        "choose another containerPlatform or base image",
+    ),
+    _rule(
+        r"^(.*exec format error.*)$",
+        "missing platform: the build runs programs of another architecture than the builder's ({0}); build for the "
+        "builder's platform, or register qemu-user-static (binfmt) on its machine",
+    ),
+    _rule(
+        r"^(.*(?:could not solve for environment specs|cannot solve the request|failed to solve"
+        r"|nothing provides|packagesnotfounderror|resolvepackagenotfound|unsatisfiableerror|no candidates were found"
+        r"|following packages? (?:are|is) (?:incompatible|missing)|unable to solve"
+        r"|is not available for this version of R|(?:package|dependency) .{1,80} is not available"
+        r"|no matching distribution found|resolutionimpossible|unable to locate package|unable to select packages"
+        r"|no match for argument).*)$",
+        "unsatisfiable packages: {0}; check the packages' names, versions and channels",
+    ),
+    _rule(
+        r"^(.*(?:blocked by wave-proxy|refused by wave-proxy|private or loopback address).*)$",
+        "network refused: {0}; builds reach public addresses and those in [build] allow_private",
+    ),
+    _rule(
+        r"^(.*(?:manifest[ _]unknown|name[ _]unknown|name unknown to registry|denies access|access to the resource is "
+        r"denied|unauthorized: authentication required|unable to copy from source docker://).*)$",
+        "base image not found or not readable: {0}; check its name, and the login of its registry",
+    ),
+    _rule(
+        r"^(.*(?:checking on sources|failed to (?:calculate|compute) (?:checksum|cache key)|copier: stat).*"
+        r"(?:no such file|not found).*)$",
+        "missing file: {0}; what COPY and ADD name must be in the build context",
+    ),
+    _rule(
+        r"^(.*(?:temporary failure in name resolution|could not resolve host|name or service not known"
+        r"|network is unreachable|bad address '|unable to resolve host).*)$",
+        "no network: {0}; builds reach the internet through http_proxy and https_proxy, which this program does not "
+        "use, or the host does not exist",
+    ),
+)
+
+_STEP = compile_pattern(r"building at STEP \"(.*?)\": .*exit status (\d+)")
+_ERROR = compile_pattern(r"^(?:error|fatal|err)\b[ :]+(.+)$", IGNORECASE | MULTILINE)
+
+
+def classify(tail: str, exit_status: int) -> str:
+    """The reason why a build ended with that exit status, from the end of its log."""
+    tail = "\n".join(line[:_MAX_LINE] for line in tail[-_TAIL_CHARS:].splitlines()[-_TAIL_LINES:])
+    for find, say in _RULES:
+        match = find(tail)
+        if match is not None:
+            return say(match)
+    steps, errors = _STEP.findall(tail), _ERROR.findall(tail)
+    step_status = int(steps[-1][1]) if steps else exit_status
+    if step_status in (OUT_OF_MEMORY, -9):
+        return "killed: probably out of memory; build with fewer jobs at once, or raise [build] memory"
+    if steps:
+        return f"{_quoted(steps[-1][0])} ended with exit status {step_status}: see the lines before it in the log"
+    if errors:
+        return f"{_quoted(errors[-1])} (exit status {exit_status})"
+    return f"the build ended with exit status {exit_status}: see its log"

@@ -1,0 +1,300 @@
+"""The way out of a box: an HTTP proxy that connects through the guard, and relays to what it may reach on loopback.
+
+Nothing else leads out of a box's network. All of it listens inside the box, on sockets that were made there, and runs
+here.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
+from urllib.parse import SplitResult, urlsplit
+
+from wave_proxy.errors import AddressRefused, UpstreamTimeout, WaveError, clip
+from wave_proxy.upstream.egress import Egress
+
+_MAX_CONNECTIONS = 256
+_IDLE_S = 300.0
+_HEAD_S = 30.0
+_MAX_HEAD_BYTES = 64 << 10
+_CHUNK_BYTES = 64 << 10
+_PROXY_PORT = 3128
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_NOT_PASSED_ON = ("connection:", "keep-alive:", "proxy-", "host:", "x-forwarded-", "x-real-ip:", "forwarded:")
+
+Log = Callable[[bytes], None]
+_Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class _Refused(Exception):
+    """An answer other than the connection that was asked for: a status line's end, and one line of text."""
+
+    def __init__(self, status: str, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A request without its body: the lines of the head but the first, without what is not passed on."""
+
+    method: str
+    target: str
+    lines: tuple[str, ...]
+
+    def encode(self, target: str, host: str) -> bytes:
+        """The same request to ``target``, the only one on its connection."""
+        lines = (f"{self.method} {target} HTTP/1.1", f"Host: {host}", *self.lines, "Connection: close", "", "")
+        return "\r\n".join(lines).encode("latin-1")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A host and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, default_port: int = 0) -> "Place":
+        """From ``host:port`` or ``[address]:port``. Raises ValueError."""
+        parts = urlsplit(f"//{text}")
+        port = parts.port or default_port
+        if not parts.hostname or not port or parts.path or "@" in text:
+            raise ValueError(f"{text!r} is not host:port")
+        return cls(parts.hostname, port)
+
+    @property
+    def loopback(self) -> str:
+        """The address to listen on in a box to stand for this place; empty when it is not on loopback."""
+        if self.host == "localhost":
+            return "127.0.0.1"
+        try:
+            return self.host if ip_address(self.host).is_loopback else ""
+        except ValueError:
+            return ""
+
+
+class Gate:
+    """What builds may reach: public addresses, those of ``allow_private`` (``host:port``), and wave-proxy at ``url``.
+
+    Of wave-proxy a build sees what it needs to pull images by token, and the repository that it may push to.
+    """
+
+    def __init__(self, egress: Egress, url: str, allow_private: Iterable[str] = ()) -> None:
+        self._egress = egress
+        parts = urlsplit(url)
+        self._tls = parts.scheme == "https"
+        self._proxy = Place.parse(parts.netloc, _DEFAULT_PORTS[parts.scheme])
+        self._authority = parts.netloc
+        self._allowed = {Place.parse(text) for text in allow_private}
+        self._relays = sorted({Place(place.loopback, place.port) for place in self._allowed if place.loopback}, key=str)
+        taken = {place.port for place in self._relays}
+        self._wave = Place("127.0.0.1", _free_port(self._proxy.port, taken))
+        self._gate = Place("127.0.0.1", _free_port(_PROXY_PORT, {*taken, self._wave.port}))
+
+    @property
+    def registry(self) -> str:
+        """``host:port`` of wave-proxy inside of a box."""
+        return str(self._wave)
+
+    @property
+    def listen(self) -> list[tuple[str, int]]:
+        """Where to listen in a box, in the order in which ``serve`` wants the sockets."""
+        return [(place.host, place.port) for place in (self._gate, self._wave, *self._relays)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells a build's programs of the proxy."""
+        url, direct = f"http://{self._gate}", "localhost,127.0.0.1,::1"
+        lower = {"http_proxy": url, "https_proxy": url, "ftp_proxy": url, "no_proxy": direct}
+        return lower | {name.upper(): value for name, value in lower.items()}
+
+    @asynccontextmanager
+    async def serve(self, sockets: Sequence[socket.socket], log: Log, writable: str = "") -> AsyncIterator[None]:
+        """Answer on these sockets until the block ends; all connections end with it.
+
+        ``log`` gets a line for what is refused; ``writable`` is the repository on wave-proxy that a build may push to.
+        """
+        handlers: list[_Handler] = [partial(self._serve_proxy, log), partial(self._serve_wave, writable)]
+        handlers += [partial(self._serve_relay, place) for place in self._relays]
+        crowd = _Crowd()
+        servers = []
+        try:
+            for item, handler in zip(sockets, handlers, strict=True):
+                accept = partial(crowd.take, handler)
+                servers.append(await asyncio.start_server(accept, sock=item, limit=_MAX_HEAD_BYTES))
+            yield
+        finally:
+            for server in servers:
+                server.close()
+            await crowd.disperse()
+
+    async def _serve_proxy(self, log: Log, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await _read_head(reader)
+        if head.method == "CONNECT":
+            place, request = _place_of(head.target, 443), b""
+        else:
+            parts = _split_url(head.target)
+            place = _place_of(parts.netloc, 80)
+            path = parts.path or "/"
+            request = head.encode(f"{path}?{parts.query}" if parts.query else path, parts.netloc)
+        with _Closing(await self._connect(place, log)) as (upstream, sender):
+            if request:
+                sender.write(request)
+            else:
+                writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await _tunnel(reader, writer, upstream, sender)
+
+    async def _connect(self, place: Place, log: Log) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await self._egress.connect(place.host, place.port, allow_private=place in self._allowed)
+        except AddressRefused as err:
+            text = f"refused by wave-proxy: {place} is at a private or loopback address; to let builds reach it, add "
+            text += f'"{place}" to [build] allow_private'
+            log(f"network: {text}\n".encode())
+            raise _Refused("403 Forbidden", text) from err
+        except WaveError as err:
+            log(f"network: {err}\n".encode())
+            status = "504 Gateway Timeout" if isinstance(err, UpstreamTimeout) else "502 Bad Gateway"
+            raise _Refused(status, str(err)) from err
+
+    async def _serve_wave(self, writable: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await _read_head(reader)
+        path = head.target.partition("?")[0]
+        is_pull = head.method in ("GET", "HEAD") and (path == "/v2/" or path.startswith("/v2/wt/"))
+        is_cache = bool(writable) and path.startswith(f"/v2/{writable}/")
+        if not (is_pull or is_cache) or "/.." in path or "%" in path:
+            raise _Refused("403 Forbidden", f"refused by wave-proxy: a build may not {head.method} {clip(path)}")
+        try:
+            connection = await self._egress.connect(
+                self._proxy.host, self._proxy.port, allow_private=True, tls=self._tls
+            )
+        except WaveError as err:
+            raise _Refused("502 Bad Gateway", f"wave-proxy can't be reached by the builder: {err}") from err
+        with _Closing(connection) as (upstream, sender):
+            sender.write(head.encode(head.target, self._authority))
+            await _tunnel(reader, writer, upstream, sender)
+
+    async def _serve_relay(self, place: Place, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = await self._egress.connect(place.host, place.port, allow_private=True)
+        with _Closing(connection) as (upstream, sender):
+            await _tunnel(reader, writer, upstream, sender)
+
+
+class _Crowd:
+    """The connections of one box: so many at the same time, more wait."""
+
+    def __init__(self) -> None:
+        self._room = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def take(self, handler: _Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection in a task of its own."""
+        task = asyncio.create_task(self._serve(handler, reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, handler: _Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broken = (OSError, TimeoutError, WaveError, EOFError, asyncio.LimitOverrunError)
+        with suppress(*broken), _Closing((reader, writer)):
+            async with self._room:
+                try:
+                    await handler(reader, writer)
+                except _Refused as refused:
+                    writer.write(_answer(refused))
+                    async with asyncio.timeout(_HEAD_S):
+                        await writer.drain()
+
+    async def disperse(self) -> None:
+        """End all connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _free_port(wanted: int, taken: set[int]) -> int:
+    while wanted in taken:
+        wanted = wanted + 1 if wanted < 65535 else 1024
+    return wanted
+
+
+def _place_of(text: str, default_port: int) -> Place:
+    try:
+        return Place.parse(text, default_port)
+    except ValueError as err:
+        raise _Refused("400 Bad Request", str(err)) from None
+
+
+def _answer(refused: _Refused) -> bytes:
+    body = f"{refused}\n".encode()
+    head = f"HTTP/1.1 {refused.status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body
+
+
+async def _read_head(reader: asyncio.StreamReader) -> _Head:
+    """Raises _Refused, TimeoutError, and what StreamReader.readuntil raises."""
+    async with asyncio.timeout(_HEAD_S):
+        text = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = text.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/1."):
+        raise _Refused("400 Bad Request", "this is a proxy for HTTP/1.1")
+    kept = tuple(line for line in lines if not line.lower().startswith(_NOT_PASSED_ON))
+    return _Head(words[0], words[1], kept)
+
+
+def _split_url(text: str) -> SplitResult:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme != "http" or not parts.netloc:
+        raise _Refused("400 Bad Request", f"{clip(text)} is not an address that begins with http://")
+    return parts
+
+
+class _Closing:
+    """A connection that is closed with the block."""
+
+    def __init__(self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return self._connection
+
+    def __exit__(self, *_: object) -> None:
+        self._connection[1].close()
+
+
+async def _tunnel(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    upstream: asyncio.StreamReader,
+    sender: asyncio.StreamWriter,
+) -> None:
+    """Carry bytes both ways until the upstream has no more. Raises OSError, TimeoutError when none comes for long."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(_IDLE_S) as idle:
+
+        async def carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while chunk := await source.read(_CHUNK_BYTES):
+                idle.reschedule(loop.time() + _IDLE_S)
+                target.write(chunk)
+                await target.drain()
+            if target.can_write_eof():
+                target.write_eof()
+
+        up = asyncio.create_task(carry(reader, sender))
+        try:
+            await carry(upstream, writer)
+        finally:
+            up.cancel()
+            await asyncio.gather(up, return_exceptions=True)

@@ -1,0 +1,233 @@
+"""What one build may use: memory, processes, disk and log. Who runs a build ends it when one of these is exceeded."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.cgroup import Cgroup, Kind
+from builder.failures import OUT_OF_MEMORY, BuildFailed
+
+# A build fills memory at some GB a second: what it gets beyond its limit is what it can in this time.
+_PROCESSES_INTERVAL_S = 0.1
+_DISK_INTERVAL_S = 0.5
+_DISK_WALK_INTERVAL_S = 15.0
+_TAIL_BYTES = 64 << 10
+_MIN_FREE_BYTES = 512 << 20
+_KINDS: frozenset[Kind] = frozenset(("memory", "processes"))
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one build: bytes of memory, processes and threads, bytes of disk, bytes of log."""
+
+    memory: int
+    processes: int
+    disk: int
+    log_bytes: int
+
+
+def format_size(size: int) -> str:
+    """Such as ``4.0 GB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def exceeded(kind: Kind, limits: Limits) -> BuildFailed:
+    """The failure of a build that ran into its limit of memory or processes."""
+    if kind == "memory":
+        return BuildFailed(
+            f"out of memory: the build used its limit of {format_size(limits.memory)}; build with fewer jobs at once, "
+            "or raise [build] memory",
+            OUT_OF_MEMORY,
+        )
+    return BuildFailed(
+        f"too many processes: the build reached its limit of {limits.processes} processes and threads; build with "
+        "fewer jobs at once, or raise [build] processes"
+    )
+
+
+class Meter:
+    """Lets a build's log through as long as it is within its limit."""
+
+    def __init__(self, sink: Callable[[bytes], None], limit: int) -> None:
+        self._sink = sink
+        self._left = limit
+        self._limit = limit
+
+    def note(self, text: bytes) -> None:
+        """Pass on what is within the limit."""
+        if self._left > 0:
+            self._sink(text[: self._left])
+        self._left -= len(text)
+
+    def write(self, text: bytes) -> None:
+        """Pass on what is within the limit. Raises BuildFailed for the rest."""
+        self.note(text)
+        if self._left < 0:
+            raise BuildFailed(
+                f"log too large: the build wrote more than its limit of {format_size(self._limit)}; make it write "
+                "less, or raise [build] log_bytes"
+            )
+
+
+class Tail:
+    """Hands a build's log on, and remembers its end."""
+
+    def __init__(self, sink: Callable[[bytes], None]) -> None:
+        self._sink = sink
+        self._kept = b""
+
+    @property
+    def text(self) -> str:
+        """The last 64 KiB."""
+        return self._kept.decode(errors="replace")
+
+    def write(self, text: bytes) -> None:
+        """Hand on and remember."""
+        self._kept = (self._kept + text)[-_TAIL_BYTES:]
+        self._sink(text)
+
+
+class Watchdog:
+    """Looks after one box from outside. ``pid`` is the box's first process, ``folder`` its workspace."""
+
+    def __init__(self, limits: Limits, cgroup: Cgroup, pid: int, folder: Path) -> None:
+        self._limits = limits
+        self._cgroup = cgroup
+        self._pid = pid
+        self._folder = folder
+
+    async def watch(self) -> BuildFailed:
+        """The failure, as soon as a limit is exceeded; for ever when none is."""
+        tasks = [asyncio.create_task(self._watch_processes()), asyncio.create_task(self._watch_disk())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return next(iter(done)).result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def verdict(self) -> BuildFailed | None:
+        """The limit that the build ran into, if it did, once it has ended."""
+        kind = self._cgroup.reached()
+        return exceeded(kind, self._limits) if kind else None
+
+    async def _watch_processes(self) -> BuildFailed:
+        unlimited = _KINDS - self._cgroup.limited
+        while True:
+            failure = self.verdict()
+            if failure is None and unlimited:
+                used = await asyncio.to_thread(usage, self._pid)
+                failure = self._judge(used, unlimited)
+            if failure is not None:
+                return failure
+            await asyncio.sleep(_PROCESSES_INTERVAL_S)
+
+    def _judge(self, used: "Usage", unlimited: frozenset[Kind]) -> BuildFailed | None:
+        if "memory" in unlimited and used.memory >= self._limits.memory:
+            return exceeded("memory", self._limits)
+        if "processes" in unlimited and used.processes >= self._limits.processes:
+            return exceeded("processes", self._limits)
+        return None
+
+    async def _watch_disk(self) -> BuildFailed:
+        """Walks when the file system has lost much since the last walk, and now and then: files are also removed."""
+        loop = asyncio.get_running_loop()
+        start, walked = loop.time(), _free(self._folder)
+        while True:
+            await asyncio.sleep(_DISK_INTERVAL_S)
+            free = _free(self._folder)
+            if free < _MIN_FREE_BYTES:
+                return BuildFailed(
+                    f"no space: the builder's disk has only {format_size(free)} left; free some, or give it more"
+                )
+            if walked - free > self._limits.disk // 20 or loop.time() - start > _DISK_WALK_INTERVAL_S:
+                if await asyncio.to_thread(disk_usage, self._folder) > self._limits.disk:
+                    return too_much_disk(self._limits)
+                start, walked = loop.time(), free
+
+
+def too_much_disk(limits: Limits) -> BuildFailed:
+    """The failure of a build that filled its workspace."""
+    return BuildFailed(
+        f"no space: the build used more than its limit of {format_size(limits.disk)} of disk; install less, or raise "
+        "[build] disk"
+    )
+
+
+def _free(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of memory, number of processes and threads."""
+
+    memory: int
+    processes: int
+
+
+def usage(pid: int) -> Usage:
+    """What a process and all its descendants use; memory without what is shared with files and other processes."""
+    parents, threads = _processes()
+    family = {pid}
+    grown = True
+    while grown:
+        found = {child for child, parent in parents.items() if parent in family} - family
+        family |= found
+        grown = bool(found)
+    return Usage(sum(_private_bytes(member) for member in family), sum(threads.get(member, 0) for member in family))
+
+
+def _processes() -> tuple[dict[int, int], dict[int, int]]:
+    """The parent and the number of threads of every process."""
+    parents, threads = {}, {}
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (text := _read(f"/proc/{name}/stat")):
+            fields = text.rpartition(b")")[2].split()  # the name before may hold anything
+            parents[int(name)], threads[int(name)] = int(fields[1]), int(fields[17])
+    return parents, threads
+
+
+def _private_bytes(pid: int) -> int:
+    fields = _read(f"/proc/{pid}/statm").split()
+    return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES if fields else 0
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:  # it has just ended
+        return b""
+
+
+def disk_usage(folder: Path) -> int:
+    """Bytes on disk below a folder; files that are linked several times count once. What can't be read is left out."""
+    total, seen, waiting = 0, set(), [str(folder)]
+    while waiting:
+        try:
+            entries = os.scandir(waiting.pop())
+        except OSError:
+            continue
+        with entries:
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                except OSError:
+                    continue
+                if status.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
+                    if status.st_ino in seen:
+                        continue
+                    seen.add(status.st_ino)
+                total += status.st_blocks * 512
+    return total

@@ -1,0 +1,190 @@
+"""One build from its record to the pushed image."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from time import time
+from typing import TypeVar
+
+from builder.containerfile import base_images
+from builder.engines import Engine, Job
+from builder.failures import NOT_BUILT, BuildFailed, timed_out
+from builder.logbook import LogBook
+from builder.workspace import Workspace, Workspaces
+from wave_proxy.errors import RequestInvalid, StateUnavailable, WaveError
+from wave_proxy.image.build import BuildRecord, BuildSpec
+from wave_proxy.image.oci import Platform, parse_platform, read_json_object, read_manifest
+from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.request import ContainerRequest
+from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.publish import publish, read_blob, read_layout
+from wave_proxy.upstream.registry import Registry
+
+T = TypeVar("T")
+
+_LEEWAY_S = 60.0  # a token outlives the build a little
+_DIGEST_S = 10.0
+_PAUSE_S = 1.0
+
+
+class Pipeline:
+    """Runs builds. ``authority`` is what the names of wave-proxy's own images begin with."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        workspaces: Workspaces,
+        registry: Registry,
+        tokens: TokenStore,
+        credentials: Credentials,
+        authority: str,
+    ) -> None:
+        self._engine = engine
+        self._workspaces = workspaces
+        self._registry = registry
+        self._tokens = tokens
+        self._credentials = credentials
+        self._authority = authority
+
+    async def run(self, record: BuildRecord, book: LogBook, confirm: Callable[[], Awaitable[None]]) -> str:
+        """Build and push; returns the manifest's digest. ``confirm`` is awaited before anything is pushed.
+
+        Nothing of the build is left on this machine. Raises BuildFailed, and what ``confirm`` raises.
+        """
+        spec = record.spec
+        if spec.format == "sif":
+            raise BuildFailed("Singularity images are not built by this version yet", NOT_BUILT)
+        try:
+            async with asyncio.timeout(spec.timeout_s) as limit, self._workspaces.open(record) as workspace:
+                return await self._build(record, workspace, book, confirm)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise timed_out(spec.timeout_s) from None
+
+    async def _build(
+        self, record: BuildRecord, workspace: Workspace, book: LogBook, confirm: Callable[[], Awaitable[None]]
+    ) -> str:
+        spec = record.spec
+        _say_what(record, book)
+        images = _read_bases(spec)
+        await until_answered(lambda: self._workspaces.fill(workspace, record))
+        async with self._locations(spec, images, book) as locations:
+            job = Job(spec, workspace.folder, locations, self._write_logins(spec, workspace), book.write)
+            layout = await self._engine.build(job)
+        await asyncio.to_thread(check_platform, layout, spec.platform)
+        await confirm()
+        return await self._push(layout, spec, book)
+
+    async def _push(self, layout: Path, spec: BuildSpec, book: LogBook) -> str:
+        book.say(f"pushing to {spec.target_image}")
+        try:
+            digest = await publish(self._registry, layout, parse_reference(spec.target_image), on_progress=book.say)
+        except WaveError as err:
+            raise BuildFailed(f"the image can't be pushed: {err}") from None
+        book.say(f"pushed {spec.target_image}@{digest}")
+        return digest
+
+    def _write_logins(self, spec: BuildSpec, workspace: Workspace) -> Path | None:
+        logins: dict[str, Login] = {}
+        if spec.cache_repository:
+            host = parse_reference(spec.cache_repository).registry
+            login = self._credentials.find(host)
+            logins = {host: login} if login else {}
+        return workspace.write_logins(logins)
+
+    # --- base images ---------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _locations(
+        self, spec: BuildSpec, images: Iterable[Reference], book: LogBook
+    ) -> AsyncIterator[dict[str, str]]:
+        """Where a build pulls each repository from: wave-proxy, with a token that ends with the block."""
+        locations: dict[str, str] = {}
+        tokens: list[str] = []
+        try:
+            for image in images:
+                name = f"{image.registry}/{image.repository}"
+                if name not in locations:
+                    path = await self._path_of(spec, image, tokens)
+                    locations[name] = f"{self._engine.registry}/{path}"
+                    book.hide(locations[name], name)
+                path = locations[name].partition("/")[2]
+                book.say(f"base image {image}{await self._digest_of(path, image)}")
+            yield locations
+        finally:
+            for token in tokens:
+                with suppress(StateUnavailable):  # then it expires
+                    await self._tokens.delete(token)
+
+    async def _path_of(self, spec: BuildSpec, image: Reference, tokens: list[str]) -> str:
+        if image.registry == self._authority and image.repository.startswith("wt/"):
+            return image.repository  # it names a token already
+        now = time()
+        request = ContainerRequest(
+            image=str(image),
+            identity=spec.identity,
+            ip_address=spec.ip_address,
+            uncounted=True,
+            created=now,
+            expires=now + spec.timeout_s + _LEEWAY_S,
+        )
+        token = await until_answered(lambda: self._tokens.put(request))
+        tokens.append(token)
+        return f"wt/{token}/{image.repository}"
+
+    async def _digest_of(self, path: str, image: Reference) -> str:
+        """``@digest`` as it is now, empty when that is not known: then the engine will say what is wrong."""
+        if image.is_digest:
+            return ""
+        try:
+            async with asyncio.timeout(_DIGEST_S):
+                return f"@{(await self._registry.head_manifest(self._authority, path, image.reference)).digest}"
+        except (WaveError, TimeoutError):
+            return ""
+
+
+def _say_what(record: BuildRecord, book: LogBook) -> None:
+    spec = record.spec
+    what = f"{spec.template} for {spec.platform}" if spec.template else f"a container file for {spec.platform}"
+    book.say(f"build {record.build_id} of {what}, attempt {max(record.attempt, 1)}")
+    book.say(f"image {spec.target_image}")
+
+
+def _read_bases(spec: BuildSpec) -> tuple[Reference, ...]:
+    try:
+        return base_images(spec.container_file, spec.platform)
+    except RequestInvalid as err:
+        raise BuildFailed(f"the container file can't be built: {err}", NOT_BUILT) from None
+
+
+def check_platform(layout: Path, wanted: str) -> None:
+    """Check that the image in a layout is for that platform. Raises BuildFailed."""
+    try:
+        content = read_layout(layout)
+        manifest = read_manifest(content.manifest, content.media_type)
+        if manifest.config is None:
+            raise BuildFailed("the build made an index, and one image is expected")
+        config = read_json_object(read_blob(layout, manifest.config.digest), "the image's config")
+    except WaveError as err:
+        raise BuildFailed(f"the build made no image that can be read: {err}") from None
+    found = Platform(*(str(config.get(name) or "") for name in ("os", "architecture", "variant")))
+    platform = parse_platform(wanted)
+    # Many images for 32-bit ARM don't say which variant they are.
+    variant = found.variant or platform.variant
+    if not platform.matches(found.os, found.architecture, variant):
+        raise BuildFailed(
+            f"missing platform: the built image is for {found}, and {platform} was asked for; is the base image "
+            "available for it?"
+        )
+
+
+async def until_answered(operation: Callable[[], Awaitable[T]]) -> T:
+    """What ``operation`` brings, however long the state store is away: builds have a limit of their own on time."""
+    while True:
+        try:
+            return await operation()
+        except StateUnavailable:
+            await asyncio.sleep(_PAUSE_S)

@@ -1,0 +1,84 @@
+"""For tests of builds: boxes on this machine, what runs in them, and whether there can be any."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+
+from builder.box import Boxes, BoxUnavailable, Run
+from builder.gate import Gate
+from builder.limits import Limits, Meter
+from wave_proxy.upstream.egress import Egress
+
+LIMITS = Limits(memory=2 * 10**9, processes=400, disk=10**9, log_bytes=10**6)
+NO_PROXY = "http://127.0.0.1:9"  # where no wave-proxy is
+
+
+@cache
+def why_no_box() -> str:
+    """Why this machine lets us make no boxes; empty when it does."""
+
+    async def attempt() -> str:
+        with TemporaryDirectory() as folder:
+            try:
+                status, said = await run_in_box(Path(folder), "true")
+            except BoxUnavailable as err:
+                return str(err)
+        return "" if status == 0 else said
+
+    return asyncio.run(attempt())
+
+
+@asynccontextmanager
+async def gate(*allowed: str, url: str = NO_PROXY) -> AsyncIterator[Gate]:
+    """A gate that lets through to these private addresses."""
+    egress = Egress({}, connect_timeout_s=5)
+    try:
+        yield Gate(egress, url, allowed)
+    finally:
+        await egress.close()
+
+
+async def run_in_box(folder: Path, script: str, *, limits: Limits = LIMITS, isolated: bool = True) -> tuple[int, str]:
+    """The exit status and the output of a shell script in a box whose folder is ``folder``."""
+    said = bytearray()
+    async with gate() as way_out:
+        boxes = Boxes(limits, way_out if isolated else None)
+        meter = Meter(said.extend, limits.log_bytes)
+        status = await boxes.run(Run(("sh", "-c", script), folder, meter, {}))
+    return status, said.decode(errors="replace")
+
+
+def processes_with(text: str) -> list[int]:
+    """The ids of all processes of this machine whose command line holds ``text``."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ")
+            except OSError:
+                continue
+            if text.encode() in command:
+                found.append(int(name))
+    return found
+
+
+async def until_gone(text: str, within_s: float = 20.0) -> None:
+    """Wait until no process has ``text`` in its command line. Raises AssertionError."""
+    await _until(lambda: not processes_with(text), f"processes with {text} go on", within_s)
+
+
+async def until_there(text: str, within_s: float = 20.0) -> None:
+    """Wait until a process has ``text`` in its command line. Raises AssertionError."""
+    await _until(lambda: bool(processes_with(text)), f"no process with {text} comes up", within_s)
+
+
+async def _until(holds: Callable[[], bool], problem: str, within_s: float) -> None:
+    deadline = monotonic() + within_s
+    while not holds():
+        assert monotonic() < deadline, problem
+        await asyncio.sleep(0.01)

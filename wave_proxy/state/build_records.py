@@ -1,0 +1,159 @@
+"""What is known of builds, for all who only look: records, logs, and the end of a build."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import orjson
+
+from wave_proxy.image.build import BuildRecord, BuildSpec, Phase, spec_from_json, spec_to_json, split_build_id
+from wave_proxy.image.request import Layer
+from wave_proxy.state.build_scripts import ALL, COUNT, KEYS_PREFIX, STREAM
+from wave_proxy.state.build_watch import Watches
+from wave_proxy.state.redis import Redis, answered
+
+Value = str | int | float | bytes
+
+_PIECE_BYTES = 1 << 18
+_STORED = "data:"  # stands for the bytes of an inline layer, which are kept until the build is done
+
+
+class BuildRecords:
+    """Builds of all processes, as they stand."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._scripts = {text: redis.register_script(text) for text in ALL}
+        self._watches = Watches(self._look)
+
+    async def find(self, build_id: str) -> BuildRecord | None:
+        """The record with that whole id (``bd-<16 hex>_<n>``); None when there is none (any more).
+
+        Its spec is without secrets and the bytes of inline layers. Raises StateUnavailable, as all of these do.
+        """
+        if split_build_id(build_id) is None:
+            return None
+        async with answered():
+            fields = cast(dict[bytes, bytes], await self._redis.hgetall(key("build", build_id)))
+        return record_of(build_id, fields) if fields else None
+
+    async def newest(self, container_id: str) -> BuildRecord | None:
+        """The last build of a container id; None when there is none (any more)."""
+        async with answered():
+            number = cast(bytes | None, await self._redis.get(key("count", container_id)))
+        return await self.find(f"bd-{container_id}_{number.decode()}") if number else None
+
+    async def find_by_target(self, target_image: str) -> BuildRecord | None:
+        """The last build of an image; None when there is none (any more)."""
+        async with answered():
+            build_id = cast(bytes | None, await self._redis.get(key("target", target_image)))
+        return await self.find(build_id.decode()) if build_id else None
+
+    async def queue_length(self) -> tuple[int, int]:
+        """How many builds wait for a builder, and how many have one."""
+        waiting, running = await self._run(COUNT)
+        return waiting, running
+
+    async def wait_done(self, build_id: str, timeout_s: float) -> BuildRecord | None:
+        """The record when the build is done, or as it stands after ``timeout_s``; None when there is none (any more).
+
+        Waiting is cheap, and goes on while Redis restarts.
+        """
+        async with self._watches.watch(build_id) as progress:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await progress.wait_for_end()
+            except TimeoutError:
+                return await self.find(build_id)
+            return await progress.record(lambda: self.find(build_id))
+
+    async def read_log(self, build_id: str) -> bytes | None:
+        """The log, as far as there is one; None when there is none, or none any more."""
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.get(key("log", build_id))
+            pipe.get(key("kept", build_id))
+            live, kept = cast(list[bytes | None], await pipe.execute())
+        return live if kept is None else await asyncio.to_thread(zlib.decompress, kept)
+
+    async def read_lock(self, build_id: str) -> bytes | None:
+        """The Conda lock of a finished build; None when there is none, or none any more."""
+        async with answered():
+            kept = cast(bytes | None, await self._redis.get(key("lock", build_id)))
+        return None if kept is None else await asyncio.to_thread(zlib.decompress, kept)
+
+    async def follow_log(self, build_id: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """The log from byte ``offset`` on as it grows, until the build is done; nothing when there is no such build."""
+        async with self._watches.watch(build_id) as progress:
+            while True:
+                piece, goes_on = await self._read_piece(build_id, offset)
+                if piece:
+                    offset += len(piece)
+                    yield piece
+                elif goes_on:
+                    await progress.wait_for(offset)
+                else:
+                    break
+        # Once for all that is left: it is decompressed as a whole.
+        rest = memoryview(await self.read_log(build_id) or b"")[offset:]
+        for start in range(0, len(rest), _PIECE_BYTES):
+            yield bytes(rest[start : start + _PIECE_BYTES])
+
+    async def _run(self, script: str, *arguments: Value) -> Any:
+        async with answered():
+            return await self._scripts[script]([STREAM], arguments)
+
+    async def _read_piece(self, build_id: str, offset: int) -> tuple[bytes, bool]:
+        """What a growing log has from ``offset`` on, and whether it is one."""
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.getrange(key("log", build_id), offset, offset + _PIECE_BYTES - 1)
+            pipe.hget(key("build", build_id), "phase")
+            piece, phase = cast(tuple[bytes, bytes | None], await pipe.execute())
+        return piece, phase not in (None, b"done")
+
+    async def _look(self, build_ids: Iterable[str]) -> list[tuple[int, bool]]:
+        """For each build how long its log is while it grows, and whether it is done or forgotten."""
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            for build_id in build_ids:
+                pipe.strlen(key("log", build_id))
+                pipe.hget(key("build", build_id), "phase")
+            found = await pipe.execute()
+        return [(size, phase in (None, b"done")) for size, phase in zip(found[::2], found[1::2], strict=True)]
+
+
+def key(kind: str, name: str) -> str:
+    """The key of one thing that is kept."""
+    return f"{KEYS_PREFIX}{kind}:{name}"
+
+
+def record_of(build_id: str, fields: Mapping[bytes, bytes], spec: bytes = b"") -> BuildRecord:
+    """The record that a hash holds; ``spec`` is the one that is built, where it is at hand."""
+    text = {name.decode(): value for name, value in fields.items()}
+    return BuildRecord(
+        build_id=build_id,
+        spec=spec_from_json(orjson.loads(spec or text["spec"])),
+        phase=cast(Phase, text["phase"].decode()),
+        created=float(text["created"]),
+        started=float(text.get("started", 0)),
+        finished=float(text.get("finished", 0)),
+        exit_status=int(text["exit_status"]) if "exit_status" in text else None,
+        digest=text.get("digest", b"").decode(),
+        reason=text.get("reason", b"").decode(),
+        attempt=int(text.get("attempt", 0)),
+    )
+
+
+def pack_spec(spec: BuildSpec) -> tuple[bytes, bytes]:
+    """A spec as it is looked up, for as long as the record is kept, and as it is built: with secrets and content."""
+    shown = replace(
+        spec,
+        context=_without_content(spec.context) if spec.context else None,
+        layers=tuple(_without_content(layer) for layer in spec.layers),
+        identity=replace(spec.identity, access_token="", refresh_token=""),
+    )
+    return orjson.dumps(spec_to_json(shown)), orjson.dumps(spec_to_json(spec))
+
+
+def _without_content(layer: Layer) -> Layer:
+    return replace(layer, location=_STORED) if layer.is_inline else layer
