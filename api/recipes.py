@@ -112,6 +112,8 @@ def _packages_recipe(submission: Submission, default_template: str) -> Recipe:
     if template == INSTALLR:
         return Recipe(_render(template, submission, _cran_words(submission, packages)), template=template)
     lock_url = _lock_url(packages)
+    if lock_url and template == PIXI:
+        raise RequestInvalid(f"Conda lock file is not supported by '{PIXI}' template")
     conda_file = "" if lock_url else _conda_file(submission, packages)
     if not conda_file and not lock_url and not submission.build_context:
         raise RequestInvalid("packages: names nothing to install: expected 'entries' or 'environment'")

@@ -92,7 +92,7 @@ _RULES = (
         "builder's platform, or register qemu-user-static (binfmt) on its machine",
     ),
     _rule(
-        r"^(.*(?:could not solve for environment specs|cannot solve the request|failed to solve"
+        r"^(.*(?:could not solve for environment specs|cannot solve the request|failed to solve(?!:)"
         r"|nothing provides|packagesnotfounderror|resolvepackagenotfound|unsatisfiableerror|no candidates were found"
         r"|following packages? (?:are|is) (?:incompatible|missing)|unable to solve"
         r"|is not available for this version of R|(?:package|dependency) .{1,80} is not available"

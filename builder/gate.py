@@ -242,7 +242,10 @@ def _answer(refused: _Refused) -> bytes:
 async def _read_head(reader: asyncio.StreamReader) -> _Head:
     """Raises _Refused, TimeoutError, and what StreamReader.readuntil raises."""
     async with asyncio.timeout(_HEAD_S):
-        text = await reader.readuntil(b"\r\n\r\n")
+        begin = await reader.readexactly(1)
+        if not begin.isalpha():  # clients try TLS first, and would wait for an answer in it
+            raise _Refused("400 Bad Request", "this is a proxy for plain HTTP/1.1")
+        text = begin + await reader.readuntil(b"\r\n\r\n")
     first, *lines = text.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     words = first.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):

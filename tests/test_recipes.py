@@ -564,6 +564,10 @@ def test_a_build_context_may_bring_the_conda_file() -> None:
             {"packages": {"type": "CONDA", "entries": ["https://a/b", "https://a/c"]}},
             "No more than one Conda lock remote file can be specified at the same time",
         ),
+        (
+            {"packages": {"type": "CONDA", "entries": ["'https://a/b'"]}, "buildTemplate": PIXI},
+            f"Conda lock file is not supported by '{PIXI}' template",
+        ),
         ({"packages": {"type": "CRAN", "entries": ["bioc::"]}}, "packages.entries: "),
         ({"condaFile": base64("a: b"), "buildTemplate": "x"}, "buildTemplate: expected one of conda/micromamba:v1"),
         ({"containerFile": base64("  \n")}, "Missing dockerfile content"),

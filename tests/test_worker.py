@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -107,9 +107,10 @@ class Scene:
 
     async def run_out(self) -> None:
         """All leases run out, as if their builders had died."""
-        for entry in await self.redis.xpending_range(STREAM, "builders", "-", "+", 100):
-            found = entry["message_id"], entry["consumer"]
-            await self.redis.xclaim(STREAM, "builders", found[1], 0, [found[0]], idle=60_000, justid=True)
+        pending = await self.redis.xpending_range(STREAM, "builders", "-", "+", 100)
+        for lease in cast(list[dict[str, bytes]], pending):
+            entry, consumer = lease["message_id"], lease["consumer"]
+            await self.redis.xclaim(STREAM, "builders", consumer, 0, [entry], idle=60_000, justid=True)
 
     @asynccontextmanager
     async def builder(self, engine: Engine, name: str = "one", slots: int = 4) -> AsyncIterator[asyncio.Event]:
@@ -212,7 +213,7 @@ async def test_base_images_get_a_token_that_ends_with_the_build(scene: Scene) ->
         locations.update(job.base_images)
         for location in locations.values():
             record = await TokenStore(scene.redis).find_record(location.split("/")[2])
-            found.append(record and record.request)
+            found.append(record.request if record else None)
             job.log(f"Trying to pull {location}:1\n".encode())
 
     text = "FROM alpine:3\nFROM alpine:4\nCOPY --from=quay.io/x/y:1 /a /\nCOPY --from=wave.test/wt/00/library/z /b /\n"
