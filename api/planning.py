@@ -66,21 +66,22 @@ class Planner:
         kind: Format = "sif" if request.format == "sif" else "docker"
         platform = _platform(request)
         recipe = await asyncio.to_thread(recipe_for, request, default_template=self._defaults.conda_template)
-        baked = wanted.config if request.freeze else ContainerConfig()
+        baked = _baked(wanted.config, platform) if request.freeze else ContainerConfig()
         text = recipe.container_file
         if request.freeze:
             text = await self._freeze(text, request.container_image or "", baked, platform, kind)
         repository = request.build_repository or self._defaults.repository
         context = request.build_context.to_layer() if request.build_context else None
-        asked_layers = len(request.config.layers)
-        name = container_id(
+        # In a thread: layers that the request itself carries are megabytes to hash.
+        name = await asyncio.to_thread(
+            container_id,
             container_file=text,
             conda_file=recipe.conda_file,
             platform=str(platform),
             repository=repository,
             context=context,
             config=request.container_config if baked else None,
-            included=baked.layers[asked_layers:],
+            included=wanted.config.layers[len(request.config.layers) :] if baked else (),
         )
         target = target_image(repository, name, recipe.conda_file, request.name_strategy)
         return BuildSpec(
@@ -156,6 +157,11 @@ class Planner:
         if asked is None:
             return Compression(self._defaults.compression)
         return Compression(asked.mode or self._defaults.compression, asked.level, asked.force)
+
+
+def _baked(config: ContainerConfig, platform: Platform) -> ContainerConfig:
+    """The changes that go into an image of that platform."""
+    return replace(config, layers=tuple(layer for layer in config.layers if layer.fits(platform.architecture)))
 
 
 def _platform(request: Submission) -> Platform:

@@ -72,12 +72,11 @@ def _registry_of(name: str) -> str:
 
 def _source_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
     yield from _version_rules(request, legacy=legacy)
-    yield from _freeze_rules(request, legacy=legacy)
+    yield from _freeze_rules(request)
     if request.packages and not legacy:
         yield from _package_rules(request.packages, request.build_template)
     yield from _platform_rules(request)
-    wants_packages = request.packages or (request.conda_file and not legacy)
-    if not (request.container_image or request.container_file or wants_packages):
+    if not (request.container_image or request.container_file or request.packages or request.conda_file):
         yield "Specify either 'containerImage' or 'containerFile' attribute"
     if request.container_image and request.container_file:
         yield "Attributes 'containerImage' and 'containerFile' cannot be used in the same request"
@@ -99,11 +98,10 @@ def _version_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
         yield "Attribute `condaFile` is deprecated - use `packages` instead"
 
 
-def _freeze_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
+def _freeze_rules(request: Submission) -> Iterator[str]:
     if not request.freeze or request.build_repository:
         return
-    wants_packages = not legacy and (request.packages or request.conda_file)
-    sources = (request.container_file, request.container_image, wants_packages)
+    sources = (request.container_file, request.container_image, request.packages or request.conda_file)
     for number, source in enumerate(sources, 1):
         if source:
             yield f"Attribute `buildRepository` must be specified when using freeze mode [{number}]"

@@ -68,13 +68,13 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     stack.push_async_callback(registry.close)
     tokens = TokenStore(redis, settings.tokens.retention)
     workspaces = Workspaces(settings.data / "builds", registry, tokens, settings.build.disk)
-    await workspaces.remove_leftovers()
+    store = _store(settings.build, redis)
+    for build_id, attempt in await workspaces.remove_leftovers():
+        await store.abandon(build_id, attempt)
     engine = await _engine(settings, egress)
     pipeline = Pipeline(engine, workspaces, registry, tokens, credentials, settings.authority)
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
-    return Worker(
-        _store(settings.build, redis), pipeline, name, slots=settings.build.slots or settings.build.max_running
-    )
+    return Worker(store, pipeline, name, slots=settings.build.slots or settings.build.max_running)
 
 
 def _store(settings: BuildSettings, redis: Redis) -> BuildStore:

@@ -34,7 +34,7 @@ _END_S = 20.0
 _CHUNK_BYTES = 64 << 10
 _MESSAGE_BYTES = 1 << 16
 _MAX_SOCKETS = 64
-SPARE_PROCESSES = 32  # the kernel's own limit is there for when we are too slow
+SPARE_PROCESSES = 1000  # the kernel stops a build there if we are too slow
 _OPEN_FILES = 65_536
 
 log = structlog.get_logger()
@@ -86,7 +86,8 @@ class Boxes:
             try:
                 return await box.run(self._plan(run), self._gate, self._find_parents(), self._warn)
             except (OSError, IdsMissing) as err:
-                raise BoxUnavailable(f"a build can't be shut in on this machine: {err}{_hint(err)}") from err
+                why = getattr(err, "strerror", None) or err
+                raise BoxUnavailable(f"a build can't be shut in on this machine: {why}{_hint(err)}") from err
 
     def _plan(self, run: Run) -> dict[str, object]:
         program = shutil.which(run.argv[0], path=_PATH) or shutil.which(run.argv[0]) or ""

@@ -91,6 +91,7 @@ _RULES = (
         "missing platform: the build runs programs of another architecture than the builder's ({0}); build for the "
         "builder's platform, or register qemu-user-static (binfmt) on its machine",
     ),
+    _rule(r"refused by wave-proxy: (.*)$", "network refused: {0}"),
     _rule(
         r"^(.*(?:could not solve for environment specs|cannot solve the request|failed to solve(?!:)"
         r"|nothing provides|packagesnotfounderror|resolvepackagenotfound|unsatisfiableerror|no candidates were found"
@@ -99,10 +100,6 @@ _RULES = (
         r"|no matching distribution found|resolutionimpossible|unable to locate package|unable to select packages"
         r"|no match for argument).*)$",
         "unsatisfiable packages: {0}; check the packages' names, versions and channels",
-    ),
-    _rule(
-        r"^(.*(?:blocked by wave-proxy|refused by wave-proxy|private or loopback address).*)$",
-        "network refused: {0}; builds reach public addresses and those in [build] allow_private",
     ),
     _rule(
         r"^(.*(?:manifest[ _]unknown|name[ _]unknown|name unknown to registry|denies access|access to the resource is "

@@ -41,7 +41,8 @@ _MESSAGE_BYTES = 1 << 16
 # Folders that every machine has: what is mounted over them is seen in the box alone, and they are not in its root.
 _WORKSPACE, _ROOT = "/tmp", "/var"  # noqa: S108
 _SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_ETC = ("alternatives", "ssl", "pki", "ca-certificates", "crypto-policies", "ld.so.cache", "ld.so.conf", "localtime")
+# What programs need to run and to know certificates; no keys.
+_ETC = ("alternatives", "ssl/certs", "pki/tls/certs", "pki/ca-trust", "ld.so.cache", "localtime")
 _ETC_OF_HOST_NETWORK = ("hosts", "resolv.conf", "nsswitch.conf")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _OWN_ETC = {
@@ -282,6 +283,7 @@ def _make_etc(plan: dict[str, Any]) -> None:
     from_host = _ETC if plan["isolated"] else _ETC + _ETC_OF_HOST_NETWORK
     for name in from_host:
         if os.path.exists(f"/etc/{name}"):
+            os.makedirs(os.path.dirname(f"{_ROOT}/etc/{name}"), exist_ok=True)
             _bind(os.path.realpath(f"/etc/{name}"), f"{_ROOT}/etc/{name}", read_only=True)
     for name, text in _OWN_ETC.items():
         if not os.path.exists(f"{_ROOT}/etc/{name}"):

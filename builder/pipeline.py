@@ -12,7 +12,7 @@ from builder.engines import Engine, Job
 from builder.failures import NOT_BUILT, BuildFailed, timed_out
 from builder.logbook import LogBook
 from builder.workspace import Workspace, Workspaces
-from wave_proxy.errors import RequestInvalid, StateUnavailable, WaveError
+from wave_proxy.errors import RequestInvalid, StateUnavailable, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import Platform, parse_platform, read_json_object, read_manifest
 from wave_proxy.image.reference import Reference, parse_reference
@@ -82,6 +82,8 @@ class Pipeline:
         book.say(f"pushing to {spec.target_image}")
         try:
             digest = await publish(self._registry, layout, parse_reference(spec.target_image), on_progress=book.say)
+        except TooManyRequests as err:
+            raise BuildFailed(f"upstream limits requests (429): the image can't be pushed: {err}") from None
         except WaveError as err:
             raise BuildFailed(f"the image can't be pushed: {err}") from None
         book.say(f"pushed {spec.target_image}@{digest}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from hashlib import new as new_hash
 from pathlib import Path
+from secrets import token_hex
 from threading import Event
 from typing import BinaryIO, TypeVar
 
@@ -101,19 +102,39 @@ class Workspaces:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             await remove(folder)
-            folder.mkdir(mode=0o700)
+            lock = self._make(folder)
         except OSError as err:
             raise _no_room(err) from None
-        lock = _lock(folder)
         try:
             yield Workspace(folder)
         finally:
             await to_its_end(asyncio.create_task(remove(folder)))
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
 
-    async def remove_leftovers(self) -> None:
-        """Remove the workspaces of builders that were killed: those that nobody has locked."""
+    def _make(self, folder: Path) -> int:
+        """Make a folder that has its name no sooner than its lock, whose file descriptor is given back.
+
+        Raises OSError.
+        """
+        while True:
+            unnamed = self._folder / f".{token_hex(8)}"
+            unnamed.mkdir(mode=0o700)
+            lock = _lock(unnamed)
+            if lock is None:
+                continue  # another builder takes it for left over
+            try:
+                unnamed.rename(folder)
+            except OSError:
+                os.close(lock)
+                raise
+            return lock
+
+    async def remove_leftovers(self) -> list[tuple[str, int]]:
+        """Remove the workspaces of builders that were killed: those that nobody has locked.
+
+        Gives the attempts that they were of, by build id and number.
+        """
+        left = []
         folders = await asyncio.to_thread(lambda: list(self._folder.iterdir()) if self._folder.is_dir() else [])
         for folder in folders:
             lock = _lock(folder)
@@ -121,9 +142,13 @@ class Workspaces:
                 continue
             try:
                 log.info("removing what a killed builder has left", folder=folder.name)
+                build_id, _, attempt = folder.name.partition(".")
+                if build_id:
+                    left.append((build_id, int(attempt) if attempt.isdecimal() else 1))
                 await remove(folder)
             finally:
                 os.close(lock)
+        return left
 
     async def fill(self, workspace: Workspace, record: BuildRecord) -> None:
         """Put in what the build needs. Raises BuildFailed, StateUnavailable."""

@@ -88,7 +88,7 @@ async def port(
             worker(root, *upstreams, ttl_s=ttl_s, response_timeout_s=response_timeout_s)
         )
         quotas, usage, stats = Quotas(redis, limits or {}, wait_s=wait_s), Usage(redis), RequestStats()
-        ready = ReadyReplies(quotas, usage, stats)
+        ready = ReadyReplies(quotas, usage, stats, one.local.changes)
         augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready, AUTHORITY)
         stack.push_async_callback(augmenter.close)
         stack.push_async_callback(resolver.close)

@@ -53,6 +53,7 @@ class Target:
     uploads: dict[str, bytearray] = field(default_factory=dict)
     tokens: dict[str, list[str]] = field(default_factory=dict)
     received: int = 0  # bytes of blobs
+    held: asyncio.Event | None = None  # uploads wait for it
 
     @property
     def address(self) -> str:
@@ -137,6 +138,8 @@ class Target:
 
     async def _receive(self, request: web.BaseRequest, held: bytearray) -> bool:
         """False when the connection was cut."""
+        if self.held is not None:
+            await self.held.wait()
         left = self.breaks.pop(0) if self.breaks and (request.content_length or 0) > self.breaks[0] else None
         async for chunk in request.content.iter_chunked(1 << 14):
             self.received += len(chunk)

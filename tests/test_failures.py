@@ -53,6 +53,11 @@ BUILDAH = 'error building at STEP "RUN {0}": error while running runtime: exit s
             "base image not found or not readable",
         ),
         ('checking on sources under "/c": copier: stat: "/nosuch": no such file or directory', 125, "missing file"),
+        (
+            'network: refused by wave-proxy: 169.254.169.254:80 is private; add "x" to [build]\nfailed to solve',
+            1,
+            "network refused: 169.254.169.254:80 is private; add",
+        ),
         ("wget: bad address 'example.com'", 1, "no network"),
         (BUILDAH.format("false", 1), 1, "RUN false ended with exit status 1"),
         (BUILDAH.format("/bin/sh -c nosuch", 127), 1, "RUN /bin/sh -c nosuch ended with exit status 127"),

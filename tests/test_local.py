@@ -159,7 +159,8 @@ def _layers(*descriptors: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"schemaVersion": 2, "config": config, "layers": list(descriptors), **more}
 
 
-GONE = {"mediaType": "a/layer", "digest": f"sha256:{'0' * 64}", "size": 5}
+NOWHERE = f"sha256:{'0' * 64}"
+GONE = {"mediaType": "a/layer", "digest": NOWHERE, "size": 5}
 KEPT = {"mediaType": "a/layer", "digest": BIG.digest, "size": len(BIG.content)}
 
 
@@ -176,8 +177,8 @@ KEPT = {"mediaType": "a/layer", "digest": BIG.digest, "size": len(BIG.content)}
         (made(_layers({**KEPT, "digest": "sha256:no"})), ManifestInvalid, "sha256:no"),
         (made(_layers(subject="x")), ManifestInvalid, "subject"),
         (made(_layers(subject={"digest": "../../etc"})), ManifestInvalid, "subject"),
-        (made(_layers(GONE)), ManifestBlobUnknown, GONE["digest"]),
-        (made({"manifests": [GONE]}, OCI_INDEX), ManifestBlobUnknown, GONE["digest"]),
+        (made(_layers(GONE)), ManifestBlobUnknown, NOWHERE),
+        (made({"manifests": [GONE]}, OCI_INDEX), ManifestBlobUnknown, NOWHERE),
         (made({"layers": [GONE]}, OCI_INDEX), ManifestInvalid, "does not"),
     ],
 )
@@ -217,9 +218,10 @@ async def test_a_manifest_goes_with_its_tags_and_a_tag_alone(place: Place) -> No
     assert place.local.has_manifest(NAME, TOOL.digest)
     place.local.delete_manifest(NAME, TOOL.digest)
     assert place.local.list_tags(NAME, None, "").entries == ["other"]
-    for again in (lambda: place.local.delete_manifest(NAME, TOOL.digest), lambda: place.local.delete_tag(NAME, "v2")):
-        with pytest.raises(ManifestUnknown):
-            again()
+    with pytest.raises(ManifestUnknown):
+        place.local.delete_manifest(NAME, TOOL.digest)
+    with pytest.raises(ManifestUnknown):
+        place.local.delete_tag(NAME, "v2")
     with pytest.raises(ManifestUnknown):
         place.local.delete_tag("no/such", "v1")
 
@@ -283,7 +285,7 @@ async def test_workers_take_turns_with_an_upload(place: Place) -> None:
 
 async def test_parts_that_race_are_taken_once(place: Place) -> None:
     with opened(place.root) as other:
-        upload = place.uploads.begin(NAME)
+        upload, late = place.uploads.begin(NAME), list[bool]()
 
         async def send(worker: Place) -> int:
             at = 0
@@ -293,11 +295,12 @@ async def test_parts_that_race_are_taken_once(place: Place) -> None:
                     await worker.uploads.append(NAME, upload, part(content, start, len(content)))
                     at += 1
                 except UploadOutOfOrder as err:
-                    assert err.received > start
+                    late.append(err.received > start)
             return at
 
         taken = await asyncio.gather(*(send(worker) for worker in (place, other, place, other)))
         assert sum(taken) == 6
+        assert late == [True] * 18
         await other.uploads.finish(NAME, upload, part(b""), BIG.digest)
     assert read(place, BIG.digest) == BIG.content
 
@@ -439,7 +442,7 @@ async def test_no_name_leads_to_a_finished_file(place: Place) -> None:
 async def test_mount(place: Place) -> None:
     await place.add(BIG)
     assert not place.local.mount("new", BIG.digest, "no/such")
-    assert not place.local.mount("new", GONE["digest"], NAME)
+    assert not place.local.mount("new", NOWHERE, NAME)
     assert not (place.root / "local" / "new").exists()
     assert place.local.mount("new", BIG.digest, NAME)
     assert place.local.mount("new", BIG.digest, NAME)

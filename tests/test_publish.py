@@ -3,8 +3,8 @@
 import json
 import os
 import tracemalloc
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,11 +13,11 @@ import pytest
 from bench.images import image, index, layer, random_blob
 from tests.outgoing import LOGIN, egress_to
 from tests.pushing import Target, target, write_layout
-from tests.servers import distribution, has_distribution, pull
+from tests.servers import WaveProxy, distribution, has_distribution, pull
 from wave_proxy.errors import ContentMismatch, Denied, NameUnknown, TooManyRequests, UpstreamError, UpstreamUnavailable
 from wave_proxy.image.oci import Descriptor
 from wave_proxy.image.reference import Reference
-from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.publish import publish, push, read_layout
 from wave_proxy.upstream.registry import Registry
 
@@ -115,6 +115,18 @@ async def test_token_is_for_pulling_and_pushing_and_for_the_mount(layout: Path) 
 
 async def _bytes_of(number: int, start: int) -> AsyncIterator[bytes]:
     yield IMAGE.blobs[number].content[start:]
+
+
+async def test_own_local_repository_takes_it_from_the_builder(layout: Path, wave: Callable[..., WaveProxy]) -> None:
+    proxy = wave(config='[build]\nsecret = "hidden"\nengine = "none"')
+    reference = Reference(proxy.address, "local/tool", "1")
+    for password, error in (("wrong", Denied), ("hidden", None)):
+        async with egress_to(proxy.address) as egress:
+            registry = Registry(egress, Credentials({proxy.address: Login("_builder", password)}))
+            with pytest.raises(error, match="does not let us push to") if error else nullcontext():
+                assert await publish(registry, layout, reference, on_progress=print) == IMAGE.digest
+            await registry.close()
+    assert pull(proxy.address, "local/tool", "1").manifest == IMAGE.manifest
 
 
 async def test_broken_upload_goes_on_where_the_registry_says(layout: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from wave_proxy.errors import DigestInvalid, MethodNotAllowed, NameInvalid, NameUnknown, WaveError
 from wave_proxy.image.reference import MAX_NAME_LENGTH
 from wave_proxy.serve.app import redact
-from wave_proxy.serve.route import Route, is_registry_path, parse_route
+from wave_proxy.serve.route import Route, is_registry_path, kind_of, parse_route
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 DIGEST = f"sha256:{'ab' * 32}"
@@ -110,6 +110,47 @@ INVALID_NAMES = [
     f"/v2/wt/{TOKEN}/Ubuntu/manifests/1",
     f"/v2/wt/{TOKEN}",
 ]
+
+
+UPLOAD = "ab" * 16
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "route"),
+    [
+        ("GET", "/v2/local/a/manifests/1", Route("manifest", "", "local", "a", "1")),
+        ("PUT", "/v2/local/a/b/manifests/1", Route("manifest", "", "local", "a/b", "1")),
+        ("DELETE", f"/v2/local/a/blobs/{DIGEST}", Route("blob", "", "local", "a", DIGEST)),
+        ("GET", "/v2/local/a/tags/list?n=1", Route("tags", "", "local", "a", "", "n=1")),
+        ("GET", f"/v2/local/a/referrers/{DIGEST}", Route("referrers", "", "local", "a", DIGEST)),
+        ("POST", "/v2/local/a/blobs/uploads/", Route("upload", "", "local", "a", "")),
+        ("POST", "/v2/local/a/blobs/uploads?mount=x", Route("upload", "", "local", "a", "", "mount=x")),
+        ("PATCH", f"/v2/local/a/blobs/uploads/{UPLOAD}", Route("upload", "", "local", "a", UPLOAD)),
+        ("GET", "/v2/local/blobs/uploads/manifests/1", Route("manifest", "", "local", "blobs/uploads", "1")),
+        ("GET", "/v2/local/a/blobs/uploads/tags/list", Route("tags", "", "local", "a/blobs/uploads", "")),
+        ("GET", "/v2/localhost/a/manifests/1", Route("manifest", "", "localhost", "a", "1")),
+        ("GET", "/v2/quay.io/local/a/manifests/1", Route("manifest", "", "quay.io", "local/a", "1")),
+        ("GET", f"/v2/wt/{TOKEN}/local/a/manifests/1", Route("manifest", TOKEN, "", "local/a", "1")),
+    ],
+)
+def test_local_repositories(method: str, target: str, route: Route) -> None:
+    assert parse_route(method, target) == route
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("/v2/", "ping"),
+        ("/v2/local/a/blobs/uploads/", "upload"),
+        (f"/v2/local/a/blobs/uploads/{UPLOAD}?digest=x", "upload"),
+        (f"/v2/local/a/referrers/{DIGEST}", "referrers"),
+        ("/v2/local/a/manifests/1", "manifest"),
+        ("/v2/local/a/tags/list?n=1", "tags"),
+        ("/v1alpha2/container", "api"),
+    ],
+)
+def test_kinds(target: str, kind: str) -> None:
+    assert kind_of(target) == kind
 
 
 @pytest.mark.parametrize("target", INVALID_NAMES)

@@ -22,8 +22,13 @@ _TAIL_BYTES = 64 << 10
 _IMAGE = "localhost/built"
 _LAYOUT = "layout"
 _LEVELS = {"gzip": (1, 9), "zstd": (1, 20)}  # what its compressors take
-_CONTAINERS_CONF = """\
+# The capabilities are podman's: without MKNOD, so that root makes no disk of the machine where it is the machine's root.
+_CAPABILITIES = (
+    "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
+)
+_CONTAINERS_CONF = f"""\
 [containers]
+default_capabilities = {dumps(_CAPABILITIES)}
 default_ulimits = []
 default_sysctls = []
 volumes = []
@@ -68,7 +73,7 @@ class Buildah:
                 "a builder that is not root needs newuidmap and newgidmap: install the package uidmap (shadow-utils), "
                 "or run the builder as root"
             )
-        _check_version(await self._trial("buildah", "--version"))
+        check_version(await self._trial("buildah", "--version"))
 
     async def _trial(self, *argv: str) -> str:
         """What a program says in a box. Raises EngineMissing when it can't run there."""
@@ -194,7 +199,8 @@ def compression_options(job: Job) -> list[str]:
     return options
 
 
-def _check_version(said: str) -> None:
+def check_version(said: str) -> None:
+    """Raises EngineMissing for what ``buildah --version`` says of one that is too old."""
     match = re.search(r"version (\d+)\.(\d+)", said)
     if match is None or (int(match[1]), int(match[2])) < _LEAST_VERSION:
         raise EngineMissing(f"the engine buildah needs buildah 1.28 or later: this machine has {said!r}")

@@ -5,6 +5,8 @@ therefore), ``_manifests/<digest>`` (the media type, a line end, and the bytes),
 ``_referrers/<digest of the subject>/<digest>`` (the descriptor of a manifest that names that subject). Digests stand
 there with a dash for the colon. No component of a repository's name begins with an underscore.
 
+A byte more in ``<root>/local/_changes`` says that something has changed or gone: see ``changes``.
+
 Everything appears whole and synced, by a rename or a link, and in an order in which nothing names what is not there.
 ``_lock`` is held while manifests, tags and what they name change: no manifest loses a blob while it is put.
 """
@@ -74,6 +76,7 @@ class LocalRepositories:
         self._folder = root / LOCAL
         self._unfinished = self._folder / UPLOADS
         self._unfinished.mkdir(parents=True, exist_ok=True)
+        self._changes = self._folder / "_changes"
         self._blobs = blobs
         self._authority = authority
 
@@ -82,6 +85,24 @@ class LocalRepositories:
         if registry != self._authority or not repository.startswith(f"{LOCAL}/"):
             return None
         return repository.removeprefix(f"{LOCAL}/")
+
+    def changes(self) -> int:
+        """A number that is another one after whatever was there has changed or gone, in any repository and process.
+
+        An answer holds as long as the number is what it was before the answer was looked up. What is new counts not.
+        """
+        try:
+            return self._changes.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _note_change(self) -> None:
+        with suppress(OSError):  # on a full disk; answers are given again for a minute at most
+            fd = os.open(self._changes, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(fd, b".")
+            finally:
+                os.close(fd)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -171,7 +192,10 @@ class LocalRepositories:
             content = manifest.media_type.encode() + b"\n" + manifest.content
             self._write(self._manifest(name, manifest.digest), content)
             if tag:
+                is_new = not self._tag(name, tag).exists()
                 self._write(self._tag(name, tag), manifest.digest.encode())
+                if not is_new:
+                    self._note_change()
         return subject
 
     def _check_contents(self, name: str, manifest: Manifest, document: Mapping[str, Any]) -> None:
@@ -204,6 +228,7 @@ class LocalRepositories:
         """Raises ManifestUnknown when there is no such tag."""
         with self._locked(name, ManifestUnknown(f"{LOCAL}/{name} has no tag {clip(tag)}")) as missing:
             _remove(self._tag(name, tag), missing)
+            self._note_change()
 
     def delete_manifest(self, name: str, digest: str) -> None:
         """Delete a manifest with the tags that stand for it. Raises ManifestUnknown when there is none."""
@@ -219,6 +244,7 @@ class LocalRepositories:
             if subject := _subject_of(document):
                 with suppress(FileNotFoundError):
                     (self._referrers(name, subject) / _file_name(digest)).unlink()
+            self._note_change()
 
     # --- blobs -----------------------------------------------------------------------------------------------------
 
@@ -256,6 +282,7 @@ class LocalRepositories:
         """Raises BlobUnknown when there is no such blob."""
         with self._locked(name, BlobUnknown(f"{LOCAL}/{name} has no blob {digest}")) as missing:
             _remove(self._blob(name, digest), missing)
+            self._note_change()
 
     # --- files -----------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from wave_proxy.upstream.transfer import BlobStream
 
 CacheState = Literal["HIT", "MISS", "FILL", "STALE"]
 
+_LOCAL_S = 60.0  # as long as nothing is deleted or moved in local repositories
 MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -77,7 +78,7 @@ class Repositories:
         local = self._local.find_name(registry, repository)
         if local is not None:
             now = time()
-            return TagAnswer(self._local.get_tag(local, tag), now, now)
+            return TagAnswer(self._local.get_tag(local, tag), now, now + _LOCAL_S)
 
         async def ask() -> tuple[str, bool]:
             head = await self.registry.head_manifest(registry, repository, tag)
@@ -115,9 +116,9 @@ class Repositories:
 
         return await self._fetching.run((name, digest), fetch)
 
-    def is_local(self, registry: str, repository: str) -> bool:
-        """Whether it is one of our own: what is in it may change at any time, by any worker's hand."""
-        return self._local.find_name(registry, repository) is not None
+    def changes_of(self, registry: str, repository: str) -> int | None:
+        """Of a local repository what ``LocalRepositories.changes`` says; None of others."""
+        return None if self._local.find_name(registry, repository) is None else self._local.changes()
 
     def _find_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest | None:
         return self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None

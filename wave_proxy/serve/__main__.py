@@ -118,7 +118,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     quotas, usage, stats = _quotas(settings.quota, redis), Usage(redis), RequestStats()
     stack.push_async_callback(usage.close)
     stack.push_async_callback(quotas.close)
-    ready = ReadyReplies(quotas, usage, stats)
+    ready = ReadyReplies(quotas, usage, stats, local.changes)
     resolver = Resolver(tokens, ready, settings.authority)
     stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens)
@@ -134,9 +134,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
     app = App(puller, forwarder, stats, settings.log.requests)
     limits = _limits(settings)
-    server = Server(
-        app, limits, ClientAddress(settings.http.trusted_proxies), ready, BodyLimit(limits.max_body_bytes)
-    )
+    server = Server(app, limits, ClientAddress(settings.http.trusted_proxies), ready, BodyLimit(limits.max_body_bytes))
     if folder := os.environ.get("WAVE_METRICS_FOLDER"):
         counted = (stats, fills.stats, registry.stats, evictor.stats, quotas.stats)
         sources = Sources(*counted, lambda: len(server.connections), partial(check, redis))

@@ -71,14 +71,17 @@ class Terms:
     """On which terms a reply may be given again to whoever asks for the same.
 
     ``until`` is an instant of the monotonic clock; ``token`` is empty for the direct form; ``kind`` and ``state`` are
-    what it counts as. ``confirmed`` (epoch seconds) is what its Age counts from, None when that stays as it is. With
-    ``is_pull`` each time is a pull of that user, or of the client's address when there is no ``email``.
+    what it counts as. ``changes`` is what local repositories said of their changes, None for an image that is in none:
+    the terms end when they say something else. ``confirmed`` (epoch seconds) is what its Age counts from, None when
+    that stays as it is. With ``is_pull`` each time is a pull of that user, or of the client's address when there is no
+    ``email``.
     """
 
     until: float
     token: str
     kind: str
     state: str
+    changes: int | None = None
     confirmed: float | None = None
     is_pull: bool = False
     email: str = ""

@@ -101,6 +101,7 @@ class Puller:
     # --- manifests ---------------------------------------------------------------------------------------------
 
     async def _manifest(self, request: Request, route: Route, target: Target) -> Reply:
+        changes = self._repositories.changes_of(target.registry, target.repository)
         if route.is_digest:
             found = await self._manifest_by_digest(target)
         else:
@@ -118,7 +119,7 @@ class Puller:
             ("X-Cache", found.state),
             ("Age", str(found.age_s)),
         ]
-        return Reply(200, headers, manifest.content, terms=self._terms(found, target, is_pull=is_pull))
+        return Reply(200, headers, manifest.content, terms=self._terms(found, target, changes, is_pull=is_pull))
 
     async def _held(self, request: Request, target: Target) -> _Found:
         """What a tag stands for once it is built, if it is being built. Raises StillBuilding, ManifestUnknown."""
@@ -142,13 +143,9 @@ class Puller:
             await self._quotas.admit(subject)
         self._usage.count(target.email, target.config.has_fusion)
 
-    def _is_local(self, target: Target) -> bool:
-        """Whether the image may be another one, or gone, at any moment."""
-        return self._repositories.is_local(target.registry, target.repository)
-
-    def _terms(self, found: _Found, target: Target, *, is_pull: bool) -> Terms | None:
+    def _terms(self, found: _Found, target: Target, changes: int | None, *, is_pull: bool) -> Terms | None:
         """How long the same answer holds: not beyond the tag's next question, nor the token's end."""
-        if len(found.manifest.content) > _READY_BYTES or self._is_local(target):
+        if len(found.manifest.content) > _READY_BYTES:
             return None
         now, for_s = time(), _READY_S
         if found.until is not None:
@@ -160,7 +157,8 @@ class Puller:
             token=target.token,
             kind="manifest",
             state="stale" if found.state == "STALE" else "hit",
-            confirmed=found.confirmed,
+            changes=changes,
+            confirmed=found.confirmed if changes is None else None,
             is_pull=is_pull,
             email=target.email,
             fusion=target.config.has_fusion,
@@ -247,6 +245,7 @@ class Puller:
         return Reply(200, _blob_headers(target.reference, "HIT"), length=size)
 
     async def _blob(self, request: Request, target: Target) -> Reply:
+        changes = self._repositories.changes_of(target.registry, target.repository)
         layer = _requested_layer(target)
         if layer is not None:
             content = await self._layers.open(layer)
@@ -260,7 +259,7 @@ class Puller:
             content = _read_small(content)
         reply = _send(request, target.reference, content)
         if reply.status == 200 and isinstance(content, bytes) and len(content) <= _READY_BYTES:
-            reply.terms = None if self._is_local(target) else _blob_terms(request, target)
+            reply.terms = _blob_terms(request, target, changes)
         return reply
 
     async def _find_made_config(self, target: Target) -> StoredManifest | None:
@@ -289,11 +288,11 @@ def _read_small(blob: OpenBlob) -> OpenBlob | bytes:
     return content
 
 
-def _blob_terms(request: Request, target: Target) -> Terms | None:
+def _blob_terms(request: Request, target: Target, changes: int | None) -> Terms | None:
     if request.header(b"range") is not None:
         return None
     for_s = _READY_S if target.request is None else min(_READY_S, target.request.expires - time())
-    return Terms(until=monotonic() + for_s, token=target.token, kind="blob", state="hit")
+    return Terms(until=monotonic() + for_s, token=target.token, kind="blob", state="hit", changes=changes)
 
 
 def _blob_headers(digest: str, state: CacheState) -> list[tuple[str, str]]:

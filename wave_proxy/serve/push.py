@@ -78,8 +78,8 @@ class Pusher:
         if route.kind == "upload":
             return await self._upload(request, route)
         reply = await self._change(request, route)
-        repository = f"{LOCAL}/{route.repository}"
-        _log.info("repository changed", method=request.method, repository=repository, reference=route.reference, user=user)
+        name = f"{LOCAL}/{route.repository}"
+        _log.info("repository changed", method=request.method, name=name, reference=route.reference, user=user)
         return reply
 
     # --- uploads -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ one kind send the same ones, and then nothing has to be parsed.
 """
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic, time
 
@@ -58,7 +59,11 @@ class Wire:
 class ReadyReplies:
     """The ready-made replies of one worker."""
 
-    def __init__(self, quotas: Quotas, usage: Usage, stats: RequestStats) -> None:
+    def __init__(
+        self, quotas: Quotas, usage: Usage, stats: RequestStats, changes: Callable[[], int] = lambda: 0
+    ) -> None:
+        """``changes`` says whether anything has changed in local repositories."""
+        self._changes = changes
         self._quotas = quotas
         self._usage = usage
         self._stats = stats
@@ -156,7 +161,7 @@ class ReadyReplies:
     def _admits(self, wire: Wire, client: str) -> bool:
         """Whether the answer may be given now; it is counted then."""
         now, ready = monotonic(), wire.ready
-        if now >= ready.until:
+        if now >= ready.until or (ready.terms.changes is not None and ready.terms.changes != self._changes()):
             return False
         if ready.cell is not None:
             if not self._quotas.try_admit(ready.subject or subject_of("pull", None, client)):

@@ -318,6 +318,21 @@ redis.call('HINCRBY', build, 'attempt', -1)
 return 1
 """)
 
+# Lets the lease of a dead builder run out, so that the next claim takes the build.
+# Keys: stream. Arguments: build id; number of the attempt that was the builder's; lease (ms).
+# Result: 1; 0 when that attempt has ended.
+ABANDON = _script("""
+local build = key('build', ARGV[1])
+local phase, attempt, claim, entry, builder = unpack(
+  redis.call('HMGET', build, 'phase', 'attempt', 'claim', 'entry', 'builder'))
+if phase ~= 'running' or attempt ~= ARGV[2] or claim == 'released' then
+  return 0
+end
+ensure_group()
+redis.call('XCLAIM', STREAM, GROUP, builder, 0, entry, 'IDLE', ARGV[3], 'JUSTID')
+return 1
+""")
+
 # Appends to the log of a running build. A call that is repeated, as its answer was lost, appends once.
 # Keys: stream. Arguments: build id; secret of the claim; id of the call; text.
 # Result: 1; 0 when the claim is lost.
@@ -386,4 +401,4 @@ end
 return {waiting + redis.call('XLEN', STREAM) - claimed, claimed}
 """)
 
-ALL = (RESERVE, HOLD, SUBMIT, CLAIM, RENEW, RELEASE, APPEND, FINISH, CANCEL, COUNT)
+ALL = (RESERVE, HOLD, SUBMIT, CLAIM, RENEW, RELEASE, ABANDON, APPEND, FINISH, CANCEL, COUNT)

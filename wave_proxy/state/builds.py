@@ -29,6 +29,7 @@ from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.state.build_records import BuildRecords, key, pack_spec, record_of
 from wave_proxy.state.build_scripts import (
+    ABANDON,
     APPEND,
     CANCEL,
     CLAIM,
@@ -207,6 +208,12 @@ class BuildStore(BuildRecords):
         """Give the build back: the next claim gets it at once. Raises LeaseLost, StateUnavailable."""
         if not await self._run(RELEASE, claim.record.build_id, claim.owner):
             raise _lost(claim)
+
+    async def abandon(self, build_id: str, attempt: int) -> None:
+        """Of an attempt whose builder is known to be dead: the next claim gets the build at once, as if the lease had
+        run out. Raises StateUnavailable.
+        """
+        await self._run(ABANDON, build_id, attempt, self._lease_ms)
 
     async def append_log(self, claim: Claim, text: bytes) -> None:
         """Add to the log, one call of a claim after the other. Raises LeaseLost, StateUnavailable."""
