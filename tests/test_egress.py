@@ -15,6 +15,8 @@ from bench.upstream import Faults, Upstream
 from tests.outgoing import answer, connections_in_use, egress_to, opened, scripted
 from wave_proxy.errors import (
     AddressRefused,
+    HostUnknown,
+    Offline,
     TooManyRequests,
     UpstreamError,
     UpstreamFailing,
@@ -495,3 +497,37 @@ async def test_unix_session_passes_bytes_and_headers_through(tmp_path: Path) -> 
             assert await response.read() == b"\x1f\x8bpacked"
         assert session.timeout.total is None
     assert server.heads == ["GET /status HTTP/1.1\r\nHost: api\r\nX-Mine: 1\r\n\r\n"]
+
+
+# --- bare connections --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "::1", "10.0.0.1", "2130706433", "0"])
+async def test_a_bare_connection_goes_to_public_addresses_only(host: str) -> None:
+    egress = Egress({})
+    with pytest.raises(AddressRefused, match="is at a private or loopback address"):
+        await egress.connect(host, 80)
+
+
+@pytest.mark.parametrize("configured", [True, False])
+async def test_a_bare_connection_is_made_where_that_is_allowed(upstream: Start, configured: bool) -> None:
+    server = serving(upstream)
+    egress = Egress(opened(server.address) if configured else {})
+    host, _, port = server.address.partition(":")
+    reader, writer = await egress.connect(host, int(port), allow_private=not configured)
+    writer.write(b"GET /v2/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_bare_connection_that_fails_says_why() -> None:
+    egress = Egress({})
+    with pytest.raises(HostUnknown, match=r"can't resolve nosuch\.invalid"):
+        await egress.connect("nosuch.invalid", 80)
+    with pytest.raises(UpstreamUnavailable, match=r"no connection to 127\.0\.0\.1:1: "):
+        await egress.connect("127.0.0.1", 1, allow_private=True)
+    with pytest.raises(UpstreamUnavailable):
+        await egress.connect("a" * 300, 80)
+    with pytest.raises(Offline):
+        await Egress({}, offline=True).connect("127.0.0.1", 1, allow_private=True)

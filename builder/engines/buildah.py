@@ -22,10 +22,9 @@ _TAIL_BYTES = 64 << 10
 _IMAGE = "localhost/built"
 _LAYOUT = "layout"
 _LEVELS = {"gzip": (1, 9), "zstd": (1, 20)}  # what its compressors take
-# The capabilities are podman's: without MKNOD, so that root makes no disk of the machine where it is the machine's root.
-_CAPABILITIES = (
-    "CHOWN DAC_OVERRIDE FOWNER FSETID KILL NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
-)
+# Podman's, without MKNOD: where a box's root is the machine's, it must not make a disk of the machine.
+_CAPABILITIES: tuple[str, ...] = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE")
+_CAPABILITIES += ("SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT")
 _CONTAINERS_CONF = f"""\
 [containers]
 default_capabilities = {dumps(_CAPABILITIES)}

@@ -13,7 +13,7 @@ _CHUNK = 1 << 16
 
 
 class Doors:
-    """Doors by name, closed at first; all open at the end."""
+    """Doors by name: those that were never closed stand open, and at the end all do."""
 
     def __init__(self) -> None:
         self.address = ""  # host:port
@@ -21,33 +21,33 @@ class Doors:
         self._lock = Lock()
         self._all_open = False
 
-    def _door(self, name: str) -> tuple[Event, Event]:
+    def close(self, name: str) -> None:
+        """From now on who comes to that door waits there."""
         with self._lock:
-            reached, opened = self._doors.setdefault(name, (Event(), Event()))
-            if self._all_open:
-                opened.set()
-        return reached, opened
+            self._doors.setdefault(name, (Event(), Event()))
 
     def pass_through(self, name: str) -> None:
         """Return when that door is open."""
-        reached, opened = self._door(name)
-        reached.set()
-        opened.wait()
+        with self._lock:
+            door = None if self._all_open else self._doors.get(name)
+        if door is not None:
+            reached, opened = door
+            reached.set()
+            opened.wait()
 
-    def reached(self, name: str) -> Event:
-        """What is set when somebody comes to that door; to be cleared by who wants to know of the next one."""
-        return self._door(name)[0]
+    def is_reached(self, name: str) -> bool:
+        """Whether somebody has come to a door that was closed."""
+        return self._doors[name][0].is_set()
 
     def open(self, name: str) -> None:
         """Let through who waits there, and who comes."""
-        self._door(name)[1].set()
+        self._doors[name][1].set()
 
     def open_all(self) -> None:
         """The same for every door."""
         with self._lock:
             self._all_open = True
-            names = list(self._doors)
-        for name in names:
+        for name in list(self._doors):
             self.open(name)
 
 
@@ -76,10 +76,9 @@ def page() -> Iterator[Doors]:
 
 @contextmanager
 def front_door(registry: str) -> Iterator[Doors]:
-    """Another address of a registry (``host:port``), where writes wait.
+    """Another address of a registry (``host:port``), with doors for those who write.
 
-    A door is named ``<repository> blobs`` or ``<repository> manifests``; those of repositories whose name does not
-    begin with ``held`` stand open.
+    A door is named ``<repository> blobs`` or ``<repository> manifests``.
     """
     doors = Doors()
 
@@ -120,7 +119,7 @@ def _copy(source: socket, sink: socket, doors: Doors | None = None) -> None:
         while content := source.recv(_CHUNK):
             # Clients send one request after the answer to the other, so that each begins with a piece.
             match = _WRITE.match(content) if doors else None
-            if doors and match and match[1].startswith(b"held"):
+            if doors and match:
                 doors.pass_through(f"{match[1].decode()} {match[2].decode()}")
             sink.sendall(content)
     except OSError:

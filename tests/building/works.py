@@ -1,4 +1,4 @@
-"""The whole program, set up to build: a registry with a base image, what holds builds up, and what they leave behind."""
+"""The whole program, set up to build: a registry with a base image, what holds builds, and what they leave behind."""
 
 import asyncio
 import re
@@ -10,8 +10,6 @@ from pathlib import Path
 from shutil import which
 from time import monotonic, sleep
 from typing import Any
-
-import pytest
 
 from bench.images import busybox_image, has_busybox
 from tests.boxes import why_no_box
@@ -31,9 +29,6 @@ def why_no_builds() -> str:
     if not has_distribution():
         return "docker-registry is not installed (Debian package docker-registry)"
     return why_no_box() if has_busybox() else "busybox is not installed (Debian package busybox-static)"
-
-
-needs_builds = pytest.mark.skipif("tests.building.works.why_no_builds()", reason="")
 
 
 def until(holds: Callable[[], object], problem: str) -> None:
@@ -60,7 +55,8 @@ class Works:
         return f"{self.registry}/library/busybox"
 
     def wait_at(self, name: str) -> str:
-        """What has a ``RUN`` of a build wait at a door."""
+        """Close a door, and give the command of a ``RUN`` that waits there."""
+        self.page.close(name)
         return f"busybox wget -q -O /dev/null http://{self.page.address}/{name}"
 
     def wave(
@@ -152,7 +148,7 @@ def records_of(url: str, build_ids: list[str]) -> list[BuildRecord]:
 
 
 def leftovers(data: Path, url: str) -> list[str]:
-    """All that builds below a data folder have left behind: processes, folders, mounts, cgroups, and what is in Redis."""
+    """What builds below a data folder have left behind: processes, folders, mounts, cgroups, and state in Redis."""
     return [*_processes(data), *_folders(data), *_mounts(data), *_cgroups(), *asyncio.run(_state(url))]
 
 
