@@ -153,6 +153,7 @@ def image(
     cmd: Sequence[str] | None = None,
     env: Sequence[str] = (),
     working_dir: str = "",
+    user: str = "",
     history: bool = True,
     media_type_in_body: bool = True,
 ) -> Image:
@@ -166,6 +167,8 @@ def image(
         settings["Cmd"] = list(cmd)
     if working_dir:
         settings["WorkingDir"] = working_dir
+    if user:
+        settings["User"] = user
     config: dict[str, Any] = {**_platform(platform), "created": CREATED, "config": settings}
     config["rootfs"] = {"type": "layers", "diff_ids": [item.diff_id for item in layers]}
     if history:

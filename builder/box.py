@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from builder.cgroup import Cgroup, Kind, Parent, find_parents
+from builder.cgroup import Cgroup, Kind, Parent, find_parents, remove_leftovers
 from builder.gate import Gate
 from builder.ids import Ids, IdsMissing, find_ids
 from builder.limits import Limits, Meter, Watchdog
@@ -77,6 +77,7 @@ class Boxes:
 
         Raises BuildFailed when it exceeds a limit, BoxUnavailable when this machine does not let us make a box.
         """
+        parents = await self._find_parents()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             ours.setblocking(False)
@@ -84,7 +85,7 @@ class Boxes:
                 process = await _start(theirs)
             box = _Box(self._limits, run, process, ours)
             try:
-                return await box.run(self._plan(run), self._gate, self._find_parents(), self._warn)
+                return await box.run(self._plan(run), self._gate, parents, self._warn)
             except (OSError, IdsMissing) as err:
                 why = getattr(err, "strerror", None) or err
                 raise BoxUnavailable(f"a build can't be shut in on this machine: {why}{_hint(err)}") from err
@@ -108,9 +109,10 @@ class Boxes:
             },
         }
 
-    def _find_parents(self) -> tuple[Parent, ...]:
+    async def _find_parents(self) -> tuple[Parent, ...]:
         if self._parents is None:
             self._parents = find_parents()
+        await remove_leftovers(self._parents)
         return self._parents
 
     def _warn(self) -> None:

@@ -105,9 +105,7 @@ class Cgroup:
 def find_parents(proc: Path = Path("/proc")) -> tuple[Parent, ...]:
     """Where this process may make cgroups; empty when nowhere."""
     mounts = [line.split() for line in (proc / "self" / "mounts").read_text().splitlines()]
-    found = tuple(_parents((proc / "self" / "cgroup").read_text().splitlines(), mounts))
-    _sweep(found)
-    return found
+    return tuple(_parents((proc / "self" / "cgroup").read_text().splitlines(), mounts))
 
 
 def _parents(memberships: list[str], mounts: list[list[str]]) -> Iterator[Parent]:
@@ -151,11 +149,16 @@ def _is_ours(folder: Path, path: str) -> bool:
     return False
 
 
-def _sweep(parents: tuple[Parent, ...]) -> None:
-    """Remove what killed builders have left. A cgroup with processes stays: it can't be removed."""
-    for parent in parents:
-        for folder in parent.folder.glob(f"{_PREFIX}-*"):
-            owner = folder.name.removeprefix(f"{_PREFIX}-").partition("-")[0]
-            if not Path(f"/proc/{owner}").exists():
-                with suppress(OSError):
-                    folder.rmdir()
+async def remove_leftovers(parents: tuple[Parent, ...]) -> None:
+    """Remove the cgroups of killed builders; the processes in them may still be on their way out."""
+    folders = [folder for parent in parents for folder in parent.folder.glob(f"{_PREFIX}-*") if not _has_owner(folder)]
+    await asyncio.gather(*(Cgroup([folder]).remove() for folder in folders))
+
+
+def _has_owner(folder: Path) -> bool:
+    owner = folder.name.removeprefix(f"{_PREFIX}-").partition("-")[0]
+    try:
+        stat = Path(f"/proc/{owner}/stat").read_text()
+    except OSError:
+        return False
+    return not stat.rpartition(")")[2].lstrip().startswith("Z")  # dead, and nobody has taken note of it yet

@@ -425,16 +425,22 @@ def has_distribution() -> bool:
 
 
 @contextmanager
-def distribution(tmp: Path) -> Iterator[str]:
-    """An empty CNCF distribution registry; gives ``127.0.0.1:port``. Needs has_distribution()."""
+def distribution(tmp: Path, *, htpasswd: str = "") -> Iterator[str]:
+    """An empty CNCF distribution registry; gives ``127.0.0.1:port``. Needs has_distribution().
+
+    With ``htpasswd`` (lines ``user:bcrypt hash``) it wants a login for everything.
+    """
     address = f"127.0.0.1:{free_port()}"
-    settings = {
+    settings: dict[str, Any] = {
         "version": 0.1,
         "log": {"level": "warn"},
         "storage": {"filesystem": {"rootdirectory": str(tmp / "registry")}, "delete": {"enabled": True}},
         "http": {"addr": address},
     }
     file, log = tmp / "registry.json", tmp / "registry.log"
+    if htpasswd:
+        (tmp / "htpasswd").write_text(htpasswd)
+        settings["auth"] = {"htpasswd": {"realm": "tests", "path": str(tmp / "htpasswd")}}
     file.write_text(json.dumps(settings))  # JSON is YAML
     with _process(["docker-registry", "serve", str(file)], log) as process:
         _wait_until(lambda: _http_answers(address), process, log)
@@ -443,7 +449,7 @@ def distribution(tmp: Path) -> Iterator[str]:
 
 def _http_answers(address: str) -> bool:
     try:
-        return http_request(address, "GET", "/v2/", timeout_s=5).status == 200
+        return http_request(address, "GET", "/v2/", timeout_s=5).status in (200, 401)
     except OSError:
         return False
 

@@ -107,12 +107,12 @@ async def test_a_submitter_that_dies_keeps_nobody_for_long(redis_url: str, monke
 
 
 async def test_a_slow_admission_is_waited_for(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builds_module, "_RESERVED_MS", 150)
+    monkeypatch.setattr(builds_module, "_RESERVED_MS", 60)
     admitted: list[str] = []
 
     async def admit_slowly(name: str) -> None:
         admitted.append(name)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.19)
 
     async with store(redis_url) as one, store(redis_url) as other:
         first = asyncio.create_task(one.submit(spec(), lambda: admit_slowly("one")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.cgroup import Cgroup, Parent, find_parents
+from builder.cgroup import Cgroup, Parent, find_parents, remove_leftovers
 from builder.limits import Limits, exceeded, format_size, usage
 
 
@@ -98,7 +98,7 @@ def test_old_hierarchies_are_used_each_where_it_is_ours(kernel: Kernel) -> None:
     assert [controller.kind for controller in parent.controllers] == ["processes"]
 
 
-def test_what_killed_builders_left_is_removed_and_nothing_else(kernel: Kernel) -> None:
+async def test_what_killed_builders_left_is_removed_and_nothing_else(kernel: Kernel) -> None:
     folder = kernel.mount_v2("/", "memory pids")
     names = ("999999999-1", f"{os.getpid()}-2", "999999998-3")
     gone, alive, full = (folder / f"wave-proxy-build-{name}" for name in names)
@@ -106,7 +106,7 @@ def test_what_killed_builders_left_is_removed_and_nothing_else(kernel: Kernel) -
     for each in (gone, alive, full, other):
         each.mkdir()
     (full / "process").touch()
-    kernel.parents()
+    await remove_leftovers(kernel.parents())
     assert [each.exists() for each in (gone, alive, full, other)] == [False, True, True, True]
 
 

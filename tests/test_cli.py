@@ -209,10 +209,19 @@ def test_the_parts_work_together_when_each_is_started_alone(tmp_path: Path, redi
     shared = ["--data", str(tmp_path / "data"), "--redis", redis_url]
     commands = (["api", *shared], ["builder", *shared], ["proxy", *shared, "--port", str(port), "--workers", "1"])
     command = [sys.executable, "-m", "wave_proxy"]
-    processes = [subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL) for arguments in commands]
+    logs = [tmp_path / arguments[0] for arguments in commands]
+    environment = {**os.environ, "WAVE_LOG__LEVEL": "debug"}
+    processes = []
+    for arguments, log in zip(commands, logs, strict=True):
+        with log.open("w") as file:
+            processes.append(subprocess.Popen([*command, *arguments], stderr=file, env=environment))
     try:
         deadline = monotonic() + 30
-        while not answers(f"127.0.0.1:{port}", "/v2/") or not answers(f"127.0.0.1:{port}", "/service-info"):
+        while not (
+            answers(f"127.0.0.1:{port}", "/v2/")
+            and answers(f"127.0.0.1:{port}", "/service-info")
+            and "builder is running" in logs[1].read_text()
+        ):
             assert monotonic() < deadline
             sleep(0.05)
     finally:

@@ -60,7 +60,8 @@ TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM): spe
 TlsKey = Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.", metavar="FILE")]
 
 _NEEDS_REDIS = "the {} alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL"
-_STAGES = {"proxy": 0, "api": 1, "builder": 1, "metrics": 1, "redis": 2}
+# Builders pull and push through the proxy, so they end first; the proxy hands requests on to the api.
+_STAGES = {"builder": 0, "proxy": 1, "api": 2, "metrics": 2, "redis": 3}
 
 
 @cli.command()

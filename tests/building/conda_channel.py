@@ -1,4 +1,4 @@
-"""Conda channels of small packages: shell scripts that say their name, with real metadata, so that a solver has work."""
+"""Conda channels of small packages: shell scripts that say their name, with real metadata to give a solver work."""
 
 import json
 from bz2 import compress
@@ -105,7 +105,10 @@ def _index(package: Package) -> dict[str, Any]:
 def _archive(package: Package) -> bytes:
     says = f"share/{package.name}/says"
     # The program finds its data only where the installer said that it is: the prefix must be right in the final image.
-    files = {f"bin/{package.name}": f"#!/bin/sh\nexec cat {PREFIX}/{says}\n", says: f"{package.name} {package.version}\n"}
+    files = {
+        f"bin/{package.name}": f"#!/bin/sh\nexec cat {PREFIX}/{says}\n",
+        says: f"{package.name} {package.version}\n",
+    }
     paths = [_path(name, content) for name, content in files.items()]
     about = {
         "info/index.json": json.dumps(_index(package)),

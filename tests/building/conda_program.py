@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Stands in for micromamba and pixi in the images of tests: their usual command lines over rattler's real solver.
 
-As there, channel names are looked up under ``$CONDA_CHANNEL_ALIAS``. It runs inside images that have rattler and PyYAML.
+As there, channel names are looked up under ``$CONDA_CHANNEL_ALIAS``. It runs in images that have rattler and PyYAML.
 """
 
 import asyncio
@@ -61,13 +61,14 @@ def spec_of(text: str) -> MatchSpec:
 async def bring(prefix: Path, specs: Sequence[MatchSpec], channels: Iterable[str]) -> list[RepoDataRecord]:
     """Solve for ``specs`` and what was asked for before, and make the prefix be that; returns all of its records."""
     installed = [PrefixRecord.from_path(path) for path in sorted(prefix.glob("conda-meta/*.json"))]
-    before = [spec_of(text) for record in installed for text in record.requested_specs]
+    requested = prefix / "conda-meta" / "requested.txt"
+    before = [spec_of(text) for text in requested.read_text().splitlines()] if requested.exists() else []
     urls = [channel_of(name).base_url for name in channels]
     urls += [spec.channel.base_url for spec in specs if spec.channel is not None]
     urls += [record.channel for record in installed if record.channel]
     sources = [Channel(url) for url in dict.fromkeys(url if url.endswith("/") else f"{url}/" for url in urls)]
     wanted = [*specs, *(spec for spec in before if str(spec) not in map(str, specs))]
-    records = await solve(
+    records: list[RepoDataRecord] = await solve(
         sources=sources,
         specs=wanted,
         gateway=Gateway(cache_dir=CACHE / "repodata"),
@@ -81,8 +82,9 @@ async def bring(prefix: Path, specs: Sequence[MatchSpec], channels: Iterable[str
         installed_packages=installed,
         execute_link_scripts=True,
         show_progress=False,
-        requested_specs=wanted,
     )
+    requested.parent.mkdir(parents=True, exist_ok=True)
+    requested.write_text("".join(f"{spec}\n" for spec in wanted))
     return records
 
 
@@ -163,7 +165,7 @@ def _export(parsed: Namespace) -> None:
     print(f"# This file may be used to create an environment.\n# platform: {Subdir.current()}\n@EXPLICIT")
     for path in sorted(_prefix(parsed).glob("conda-meta/*.json")):
         record = json.loads(path.read_text())
-        print(f"{record['url']}#{record['md5']}")
+        print(f"{record['url']}#{record['md5']}" if "md5" in record else record["url"])
 
 
 def _clean(parsed: Namespace) -> None:
@@ -282,7 +284,12 @@ def _toml(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         {"micromamba": micromamba, "pixi": pixi}[Path(sys.argv[0]).name](sys.argv[1:])
     except Failure as failure:
-        sys.exit(str(failure))
+        print(failure, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # rattler's threads sometimes crash an interpreter that ends in good order

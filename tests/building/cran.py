@@ -45,7 +45,9 @@ def _archive(name: str) -> bytes:
     code, exported = _SAYS.format(name=name, version=version), ["says"]
     if name == "BiocManager":
         code, exported = code + _INSTALL, [*exported, "install"]
-    about = f"{_description(name)}Title: Small\nDescription: Small.\nAuthor: Nobody\nMaintainer: Nobody <n@example.org>\n"
+    about = (
+        f"{_description(name)}Title: Small\nDescription: Small.\nAuthor: Nobody\nMaintainer: Nobody <n@example.org>\n"
+    )
     files = {
         "DESCRIPTION": about,
         "NAMESPACE": "".join(f"export({function})\n" for function in exported),

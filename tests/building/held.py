@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR, create_connection, socket
-from socketserver import BaseRequestHandler, ThreadingTCPServer
+from socketserver import BaseRequestHandler, TCPServer, ThreadingTCPServer
 from threading import Event, Lock, Thread
 
 _WRITE = re.compile(rb"(?:POST|PUT|PATCH) /v2/(\S+?)/(blobs|manifests)/")
@@ -100,8 +100,7 @@ class _Server(ThreadingTCPServer):
     request_queue_size = 64
 
 
-def _run(server: ThreadingTCPServer, doors: Doors) -> Iterator[Doors]:
-    server.daemon_threads = True
+def _run(server: TCPServer, doors: Doors) -> Iterator[Doors]:
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     doors.address = f"127.0.0.1:{server.server_address[1]}"

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +15,7 @@ from bench.images import Image, image, layer, random_blob
 from bench.upstream import Faults, Upstream
 from tests.building.works import (
     Works,
-    builder_pid,
+    builder_pids,
     leftovers,
     log_of,
     open_works,
@@ -172,26 +172,27 @@ def test_builder_killed_while_it_fetches_builds_and_pushes(works: Works, kills: 
     with ExitStack() as stack:
         fetching = Fetching(stack, len(kills))
         wave = stack.enter_context(works.wave(upstreams=fetching.upstreams, max_running=6))
+        builders = builder_pids(wave)
         storms = [Storm(wave, phase, kills) for phase in (fetching, Running(works), Pushing(works))]
         for _ in range(sum(kills)):
             for storm in storms:
                 storm.wait()
-            kill_builder(wave)
+            builders |= kill_builder(wave)
             for storm in storms:
                 storm.note_kill()
         for storm in storms:
             for held in storm.orders:
                 check_end(wave, held)
             assert [held.killed for held in storm.orders] == list(kills)
-        nothing_left(works, wave_folder(works), works.redis)
+        nothing_left(works.data, works.redis, builders)
 
 
-def kill_builder(wave: WaveProxy) -> None:
-    """``kill -9``; returns when another one is there."""
-    killed = builder_pid(wave)
-    assert killed is not None
+def kill_builder(wave: WaveProxy) -> set[int]:
+    """``kill -9``; gives the builder that is there then."""
+    (killed,) = builder_pids(wave)
     os.kill(killed, signal.SIGKILL)
-    until(lambda: builder_pid(wave) not in (None, killed), "the builder is not started again")
+    until(lambda: builder_pids(wave) - {killed}, "the builder is not started again")
+    return builder_pids(wave)
 
 
 def check_end(wave: WaveProxy, held: Held) -> None:
@@ -209,22 +210,18 @@ def check_end(wave: WaveProxy, held: Held) -> None:
     assert "the builder died 3 times" in answer.body.decode()
 
 
-def nothing_left(works: Works, data: Path, redis: str) -> None:
+def nothing_left(data: Path, redis: str, builders: Collection[int]) -> None:
     """Return when the builds have left nothing. Raises AssertionError with what they have left."""
-    found: list[str] = []
+    found = [""]
 
     def is_clean() -> bool:
-        found[:] = leftovers(data, redis)
+        found[:] = leftovers(data, redis, builders)
         return not found
 
     try:
         until(is_clean, "")
     except AssertionError:
         pytest.fail(f"left behind: {found}")
-
-
-def wave_folder(works: Works) -> Path:
-    return works.tmp / "wave"
 
 
 def hold_all(wave: WaveProxy, phases: Sequence[Phase]) -> list[Held]:
@@ -241,8 +238,10 @@ def test_whole_program_killed_and_started_again(works: Works) -> None:
         wave = stack.enter_context(works.wave(upstreams=fetching.upstreams, redis="", max_running=3))
         running = hold_all(wave, (fetching, Running(works), Pushing(works)))
         waiting = [order(wave, f"FROM {works.base}\nENV WAITING={number}\n") for number in range(3)]
+        builders = builder_pids(wave)
         wave.kill()
         wave.start()
+        builders |= builder_pids(wave)
         for held in running:
             held.killed += 1
             held.let_go()
@@ -251,8 +250,7 @@ def test_whole_program_killed_and_started_again(works: Works) -> None:
         for answer in waiting:
             assert wait_done(wave, answer["buildId"])["succeeded"]
             assert wave.pull(answer["targetImage"]).layers
-        data = wave_folder(works)
-        nothing_left(works, data, f"unix://{runtime_folder(data)}/redis.sock")
+        nothing_left(works.data, f"unix://{runtime_folder(works.data)}/redis.sock", builders)
 
 
 def test_stopped_in_good_order_while_it_fetches_builds_and_pushes(works: Works) -> None:
@@ -261,16 +259,18 @@ def test_stopped_in_good_order_while_it_fetches_builds_and_pushes(works: Works) 
         wave = stack.enter_context(works.wave(upstreams=fetching.upstreams, max_running=3))
         running = hold_all(wave, (fetching, Running(works), Pushing(works)))
         waiting = order(wave, f"FROM {works.base}\nENV WAITING=1\n")["buildId"]
+        builders = builder_pids(wave)
         assert wave.stop() == 0
         build_ids = [*(held.build_id for held in running), waiting]
-        left = leftovers(wave_folder(works), works.redis)
+        left = leftovers(works.data, works.redis, builders)
         assert "queue (4, 0)" in left
         assert not [one for one in left if one.startswith(("process", "folder", "mount", "cgroup", "claims"))]
         for held in running:
             held.let_go()
         wave.start()
+        builders |= builder_pids(wave)
         for held in running:
             check_end(wave, held)
         assert wait_done(wave, waiting)["succeeded"]
         assert {record.attempt for record in records_of(works.redis, build_ids)} == {1}
-        nothing_left(works, wave_folder(works), works.redis)
+        nothing_left(works.data, works.redis, builders)

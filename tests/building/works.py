@@ -3,7 +3,7 @@
 import asyncio
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,11 @@ class Works:
     target: Doors
 
     @property
+    def data(self) -> Path:
+        """The data folder of the program."""
+        return self.tmp / "wave"
+
+    @property
     def base(self) -> str:
         """The name of the base image."""
         return f"{self.registry}/library/busybox"
@@ -64,7 +69,7 @@ class Works:
     ) -> WaveProxy:
         """The program, not started; ``build`` are settings of ``[build]``."""
         told = {"allow_private": [self.page.address], **build}
-        config = "[build]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in told.items())
+        config = "shutdown_grace = 4\n[build]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in told.items())
         config += '[quota]\npull_anonymous = "off"\nbuild_anonymous = "off"\n'
         config += '[http]\ntrusted_proxies = ["127.0.0.1"]\n[log]\nrequests = "failed"\n'
         known = (self.registry, self.target.address, *upstreams)
@@ -117,9 +122,9 @@ def wait_done(wave: WaveProxy, build_id: str) -> Mapping[str, Any]:
     return found[0]
 
 
-def builder_pid(wave: WaveProxy) -> int | None:
-    """The builder's process; None when there is none just now."""
-    return next((pid for pid, title in wave.processes().items() if re.search(r" -m builder\b", title)), None)
+def builder_pids(wave: WaveProxy) -> set[int]:
+    """The builder's process; none when it is just being started again."""
+    return {pid for pid, title in wave.processes().items() if re.search(r" -m builder\b", title)}
 
 
 def read_state(url: str, read: Callable[[BuildStore], Any]) -> Any:
@@ -147,9 +152,12 @@ def records_of(url: str, build_ids: list[str]) -> list[BuildRecord]:
 # --- what is left of builds ------------------------------------------------------------------------------------------
 
 
-def leftovers(data: Path, url: str) -> list[str]:
-    """What builds below a data folder have left behind: processes, folders, mounts, cgroups, and state in Redis."""
-    return [*_processes(data), *_folders(data), *_mounts(data), *_cgroups(), *asyncio.run(_state(url))]
+def leftovers(data: Path, url: str, builders: Collection[int]) -> list[str]:
+    """What the builds of a data folder have left behind: processes, folders, mounts, cgroups, and state in Redis.
+
+    ``builders`` are the processes that have run them.
+    """
+    return [*_processes(data), *_folders(data), *_mounts(data), *_cgroups(builders), *asyncio.run(_state(url))]
 
 
 def _processes(data: Path) -> Iterator[str]:
@@ -171,11 +179,9 @@ def _mounts(data: Path) -> Iterator[str]:
     yield from (f"mount {line}" for line in Path("/proc/self/mounts").read_text().splitlines() if str(data) in line)
 
 
-def _cgroups() -> Iterator[str]:
-    """Cgroups of builders that are gone; those of others on this machine belong to them."""
+def _cgroups(builders: Collection[int]) -> Iterator[str]:
     for folder in Path("/sys/fs/cgroup").glob("**/wave-proxy-build-*"):
-        owner = folder.name.removeprefix("wave-proxy-build-").partition("-")[0]
-        if not Path(f"/proc/{owner}").exists():
+        if folder.name.split("-")[3] in map(str, builders):
             yield f"cgroup {folder}"
 
 
