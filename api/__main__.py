@@ -136,6 +136,7 @@ def _defaults(settings: Settings) -> BuildDefaults:
     build = settings.build
     return BuildDefaults(
         repository=build.repository or f"{settings.authority}/local/build",
+        local=f"{settings.authority}/local",
         cache_repository=build.cache_repository,
         conda_template=build.conda_template,
         compression=build.compression,

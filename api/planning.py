@@ -30,10 +30,12 @@ from wave_proxy.upstream.registry import Registry
 class BuildDefaults:
     """What the operator decided for requests that leave it open.
 
-    Content that a request carries is kept for ``kept_s`` for the builder.
+    Content that a request carries is kept for ``kept_s`` for the builder. ``local`` is what the names of our own
+    repositories begin with.
     """
 
     repository: str
+    local: str = ""
     cache_repository: str = ""
     conda_template: str = "conda/micromamba:v1"
     compression: Compressor = "gzip"
@@ -145,6 +147,10 @@ class Planner:
         return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
 
     def _cache_repository(self, request: Submission) -> str:
+        asked, local = request.cache_repository or "", self._defaults.local
+        # A build itself writes there, so it must not be where others' images are.
+        if local and f"{asked}/".startswith(f"{local}/") and not f"{asked}/".startswith(f"{local}/cache/"):
+            raise RequestInvalid(f"cacheRepository: a local one begins with {local}/cache, got {clip(asked)}")
         return cache_repository(
             request.build_repository or "",
             request.cache_repository or "",

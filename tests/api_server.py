@@ -86,7 +86,7 @@ class ApiServer:
         usage, quotas = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0)
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
-        planner = Planner(registry, tokens, BuildDefaults(self._build_repository))
+        planner = Planner(registry, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
         containers = Containers(
             tokens,
             registry,

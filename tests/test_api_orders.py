@@ -304,6 +304,17 @@ def test_what_can_not_be_built(api: ApiServer, attributes: dict[str, Any], statu
     assert words in said[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("local/build", False), ("local/cached", False), ("local/cache", True), ("local/cache/mine", True), ("x/y", True)],
+)
+def test_a_local_cache_is_not_where_images_are(api: ApiServer, name: str, allowed: bool) -> None:
+    answer = api.post(**dockerfile("FROM base\n"), cacheRepository=f"{AUTHORITY}/{name}", dryRun=True)
+    assert answer.status == (200 if allowed else 400)
+    if not allowed:
+        assert f"cacheRepository: a local one begins with {AUTHORITY}/local/cache" in answer.json()["message"]
+
+
 def test_a_conda_file_of_the_newer_endpoint_is_built_and_warned_of(api: ApiServer) -> None:
     answer = api.post(condaFile=base64("dependencies:\n- samtools=1.9\n"))
     assert answer.status == 200
