@@ -21,9 +21,11 @@ from starlette.applications import Starlette
 from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
+from api.identities import Identities
 from api.locations import OpenHosts, address_of
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
+from api.registries import Registries
 from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
@@ -91,15 +93,16 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
-    registry = _registry(settings, endpoints, stack)
+    registries = Registries(_registry(settings, endpoints, stack))
     tokens = TokenStore(redis, settings.tokens.retention)
     builds = _builds(settings.build, redis)
     containers = Containers(
         tokens,
-        registry,
+        registries,
+        Identities(),
         accounts,
         _open_hosts(endpoints),
-        _orders(settings, redis, Planner(registry, tokens, _defaults(settings)), builds, stack),
+        _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, stack),
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,

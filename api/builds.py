@@ -111,7 +111,7 @@ class Builds:
             return None
         container_id, number = match.groups()
         if number is None:
-            return await self._store.newest(container_id)
+            return await self._store.newest(f"bd-{container_id}")
         return await self._store.find(f"bd-{container_id}_{number}")
 
 

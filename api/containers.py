@@ -18,11 +18,13 @@ from api.answers import (
     submitted,
 )
 from api.body import read_object
+from api.identities import Identities, claims_of
 from api.includes import fetch_layers
 from api.inspection import explained
 from api.locations import OpenHosts
 from api.orders import Orders
 from api.planning import wants_build
+from api.registries import Registries
 from api.replies import json_reply
 from api.rules import check_rules, check_supported
 from api.schema import Submission, parse_submission
@@ -33,15 +35,11 @@ from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
-from wave_proxy.upstream.registry import Registry
 
-DEFAULT_ENDPOINT = "https://api.cloud.seqera.io"
 CLIENT_HEADER = "x-wave-client"  # the client's address, from the proxy, which overwrites what clients send
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
 _CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
-# Hosts of former names of the Platform. Source: ``wave.md`` §4.2.
-_RENAMED = {"/api.tower.nf": "/api.cloud.seqera.io", "/api.stage-tower.net": "/api.cloud.stage-seqera.io"}
 
 
 class Containers:
@@ -54,7 +52,8 @@ class Containers:
     def __init__(
         self,
         tokens: TokenStore,
-        registry: Registry,
+        registries: Registries,
+        identities: Identities,
         accounts: Accounts,
         hosts: OpenHosts,
         orders: Orders,
@@ -64,7 +63,8 @@ class Containers:
         max_body_bytes: int,
     ) -> None:
         self._tokens = tokens
-        self._registry = registry
+        self._registries = registries
+        self._identities = identities
         self._accounts = accounts
         self._hosts = hosts
         self._orders = orders
@@ -130,21 +130,25 @@ class Containers:
         submission = parse_submission(await read_object(request, self._max_body_bytes), self._hosts)
         check_rules(submission, legacy=legacy)
         check_supported(submission)
-        wanted, built = await self._resolve(submission, _client_address(request))
+        claims = claims_of(submission, submission.workflow_id)
+        identity = await self._identities.identify(claims, request.headers.get("authorization", ""))
+        wanted, built = await self._resolve(submission, identity, _client_address(request))
         token = await self._record(wanted)
         headers = _CONDA_FILE_WARNING if submission.conda_file and not legacy else None
         answer = submitted(token, wanted, self._authority, legacy=legacy, built=built)
         return json_reply(answer, headers=headers)
 
-    async def _resolve(self, submission: Submission, ip_address: str) -> tuple[ContainerRequest, Outcome | None]:
+    async def _resolve(
+        self, submission: Submission, identity: Identity, ip_address: str
+    ) -> tuple[ContainerRequest, Outcome | None]:
         """What is recorded for a submission, its image known to exist or being built; and what came of its build."""
         platforms = parse_platforms(submission.container_platform) if submission.container_platform else ()
         includes, is_built = tuple(submission.container_includes or ()), wants_build(submission)
         if (includes or is_built) and not platforms:
             # Built and included layers are of one platform, and must not end up in an image of another.
             platforms = (LINUX_AMD64,)
-        config = _with_layers(submission.config, await self._include(includes, platforms))
-        now, identity = time(), _identity(submission)
+        config = _with_layers(submission.config, await self._include(includes, platforms, identity))
+        now = time()
         wanted = ContainerRequest(
             image=submission.container_image or "",
             config=config,
@@ -164,7 +168,8 @@ class Containers:
         """The same with its image's whole name, which exists."""
         reference = parse_reference(wanted.image)
         with explained(reference):
-            await self._registry.head_manifest(reference.registry, reference.repository, reference.reference)
+            registry = await self._registries.open(wanted.identity, reference)
+            await registry.head_manifest(reference.registry, reference.repository, reference.reference)
         return replace(wanted, image=str(reference))
 
     async def _order(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
@@ -181,12 +186,16 @@ class Containers:
         )
         return asked, built
 
-    async def _include(self, names: tuple[str, ...], platforms: tuple[Platform, ...]) -> tuple[Layer, ...]:
+    async def _include(
+        self, names: tuple[str, ...], platforms: tuple[Platform, ...], identity: Identity
+    ) -> tuple[Layer, ...]:
         layers: tuple[Layer, ...] = ()
         for position, name in enumerate(names):
             try:
-                with explained(parse_reference(name)):
-                    layers += await fetch_layers(self._registry, name, platforms[0])
+                reference = parse_reference(name)
+                with explained(reference):
+                    registry = await self._registries.open(identity, reference)
+                    layers += await fetch_layers(registry, reference, platforms[0])
             except RequestInvalid as err:
                 raise RequestInvalid(f"containerIncludes[{position}]: {err}") from None
         return layers
@@ -200,19 +209,6 @@ class Containers:
 
 def _with_layers(config: ContainerConfig, layers: tuple[Layer, ...]) -> ContainerConfig:
     return replace(config, layers=config.layers + layers)
-
-
-def _identity(submission: Submission) -> Identity:
-    endpoint = submission.tower_endpoint or DEFAULT_ENDPOINT
-    for old, new in _RENAMED.items():
-        endpoint = endpoint.replace(old, new)
-    return Identity(
-        workspace_id=submission.tower_workspace_id,
-        access_token=submission.tower_access_token or "",
-        refresh_token=submission.tower_refresh_token or "",
-        endpoint=endpoint,
-        workflow_id=submission.workflow_id or "",
-    )
 
 
 def _valid_timestamp(text: str) -> str:

@@ -3,17 +3,16 @@
 from api.inspection import fetch_image
 from wave_proxy.errors import UpstreamError
 from wave_proxy.image.oci import LINUX_AMD64, Platform
-from wave_proxy.image.reference import parse_reference
+from wave_proxy.image.reference import Reference
 from wave_proxy.image.request import Layer
 from wave_proxy.upstream.registry import Registry
 
 
-async def fetch_layers(registry: Registry, name: str, platform: Platform = LINUX_AMD64) -> tuple[Layer, ...]:
+async def fetch_layers(registry: Registry, reference: Reference, platform: Platform = LINUX_AMD64) -> tuple[Layer, ...]:
     """The layers of an image for a platform, lowest first, each with its location, diff_id and media type.
 
     Raises RequestInvalid when the image is none, or has no such platform; ManifestUnknown, Denied, UpstreamError.
     """
-    reference = parse_reference(name)
     manifest, config = await fetch_image(registry, reference, platform)
     match config.get("rootfs"):
         case {"diff_ids": [*diff_ids]} if all(isinstance(diff_id, str) for diff_id in diff_ids):

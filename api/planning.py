@@ -7,6 +7,7 @@ from api.freeze import base_of, entrypoint_of, frozen
 from api.inspection import explained, fetch_entrypoint
 from api.naming import cache_repository, container_id, target_image
 from api.recipes import recipe_for
+from api.registries import Registries
 from api.schema import Submission
 from wave_proxy.errors import (
     ContentMismatch,
@@ -21,9 +22,8 @@ from wave_proxy.errors import (
 from wave_proxy.image.build import BuildSpec, Compression, Compressor, Format
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
 from wave_proxy.image.reference import parse_reference
-from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.upstream.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ def wants_build(request: Submission) -> bool:
 class Planner:
     """Makes specs of builds, and knows whether what they make is there."""
 
-    def __init__(self, registry: Registry, tokens: TokenStore, defaults: BuildDefaults) -> None:
-        self._registry = registry
+    def __init__(self, registries: Registries, tokens: TokenStore, defaults: BuildDefaults) -> None:
+        self._registries = registries
         self._tokens = tokens
         self._defaults = defaults
 
@@ -71,7 +71,7 @@ class Planner:
         baked = _baked(wanted.config, platform) if request.freeze else ContainerConfig()
         text = recipe.container_file
         if request.freeze:
-            text = await self._freeze(text, request.container_image or "", baked, platform, kind)
+            text = await self._freeze(text, request.container_image or "", baked, platform, kind, wanted.identity)
         repository = request.build_repository or self._defaults.repository
         context = request.build_context.to_layer() if request.build_context else None
         # In a thread: layers that the request itself carries are megabytes to hash.
@@ -124,16 +124,17 @@ class Planner:
         """
         target = parse_reference(spec.target_image)
         try:
-            head = await self._registry.head_manifest(
-                target.registry, target.repository, target.reference, at_once=True
-            )
+            registry = await self._registries.open(spec.identity, target)
+            head = await registry.head_manifest(target.registry, target.repository, target.reference, at_once=True)
         except (Denied, HostUnknown) as err:
             raise RequestInvalid(f"buildRepository: {clip(spec.build_repository)} can't be used: {err}") from None
         except (ManifestUnknown, NameUnknown):
             return ""
         return head.digest
 
-    async def _freeze(self, text: str, image: str, config: ContainerConfig, platform: Platform, kind: Format) -> str:
+    async def _freeze(
+        self, text: str, image: str, config: ContainerConfig, platform: Platform, kind: Format, identity: Identity
+    ) -> str:
         """The container file with the changes in it. Source: ``wave.md`` §4.8."""
         if text and not config:
             return text
@@ -142,7 +143,8 @@ class Planner:
         if own is None and base:
             reference = parse_reference(base)
             with explained(reference):
-                own = await fetch_entrypoint(self._registry, reference, platform)
+                registry = await self._registries.open(identity, reference)
+                own = await fetch_entrypoint(registry, reference, platform)
         named = str(parse_reference(image)) if image else ""
         return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
 

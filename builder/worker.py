@@ -163,9 +163,9 @@ class _Attempt:
         """The Conda lock that the build printed; when the step that prints it came out of a cache, an earlier one's."""
         if self._book.lock is not None or exit_status != 0 or not self._book.echoed_lock:
             return self._book.lock
-        container_id, number = split_build_id(self._claim.record.build_id) or ("", 0)
+        series, number = split_build_id(self._claim.record.build_id) or ("", 0)
         for earlier in range(number - 1, max(number - 1 - _EARLIER, 0), -1):
-            record = await self._store.find(f"bd-{container_id}_{earlier}")
+            record = await self._store.find(f"{series}_{earlier}")
             if record is not None and record.succeeded:
                 return await self._store.read_lock(record.build_id)
         return None

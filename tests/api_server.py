@@ -15,9 +15,11 @@ from starlette.applications import Starlette
 from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
+from api.identities import Identities
 from api.locations import OpenHosts, address_of
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
+from api.registries import Registries
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
 from wave_proxy.state.accounts import Accounts
@@ -77,6 +79,7 @@ class ApiServer:
         redis = connect(self._redis_url)
         egress = Egress(self._endpoints, response_timeout_s=5.0)
         registry = Registry(egress, Credentials({}), attempts=1)
+        registries = Registries(registry)
         for close in (redis.aclose, egress.close, registry.close):
             stack.push_async_callback(close)
         hosts = OpenHosts(
@@ -86,10 +89,11 @@ class ApiServer:
         usage, quotas = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0)
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
-        planner = Planner(registry, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
+        planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
         containers = Containers(
             tokens,
-            registry,
+            registries,
+            Identities(),
             self._accounts,
             hosts,
             Orders(builds, planner, quotas, usage, enabled=self._builds),

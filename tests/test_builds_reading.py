@@ -146,7 +146,7 @@ async def test_without_redis_everything_says_so() -> None:
         calls: list[Callable[[], Any]] = [
             lambda: builds.submit(spec(1), admit),
             lambda: builds.find(build_id),
-            lambda: builds.newest(f"{0:016x}"),
+            lambda: builds.newest(f"bd-{0:016x}"),
             lambda: builds.find_by_target("registry.test/built:0"),
             lambda: builds.cancel(build_id),
             builds.queue_length,

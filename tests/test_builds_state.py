@@ -178,10 +178,10 @@ async def test_builds_are_found_by_container_and_by_target(redis_url: str) -> No
         await builds.finish(await claimed(builds), exit_status=1)
         second = await submitted(builds)
         for number, expected in ((0, second), (1, other)):
-            by_container = await builds.newest(f"{number:016x}")
+            by_container = await builds.newest(f"bd-{number:016x}")
             by_target = await builds.find_by_target(f"registry.test/built:{number}")
             assert by_container == by_target == await known(builds, expected)
-        assert await builds.newest(f"{9:016x}") is None
+        assert await builds.newest(f"bd-{9:016x}") is None
         assert await builds.find_by_target("registry.test/built") is None
     assert (first[-2:], second[-2:]) == ("_1", "_2")
 

@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 from wave_proxy.image.request import Identity, Layer
 
-_BUILD_ID = compile_pattern(r"bd-([0-9a-f]{16})_([0-9]{1,9})")
+_BUILD_ID = compile_pattern(r"((?:bd|mr|sc)-[0-9a-f]{16})_([0-9]{1,9})")
 
 Compressor = Literal["", "gzip", "estargz", "zstd"]
 Format = Literal["docker", "sif"]
+Kind = Literal["build", "mirror", "scan"]
 Phase = Literal["queued", "running", "done"]
 
 _NOBODY = Identity()
+
+_PREFIXES: dict[Kind, str] = {"build": "bd", "mirror": "mr", "scan": "sc"}
 
 LOCK_START = ">> CONDA_LOCK_START"
 LOCK_END = "<< CONDA_LOCK_END"
@@ -30,13 +33,16 @@ class Compression:
 
 @dataclass(frozen=True, slots=True)
 class BuildSpec:
-    """What to build and where it goes. Equal specs give equal images, whoever asks.
+    """What to do: an image to build and where it goes, or one to mirror or to scan. Equal specs give equal results.
 
     ``container_id`` is the hash of what decides the result; ``target_image`` the normalised reference that is pushed
     (``host/repository:tag``, no ``oras://``). ``container_file`` and ``conda_file`` are the effective texts. The build
     context is unpacked from the tar.gz ``context``; ``layers`` are those that the container file adds as
     ``layer-<hex of gzip_digest>.tar.gz``. ``platform`` is one platform. ``cache_repository`` has no tag. ``epoch`` is
     the time that files and image get (epoch seconds), 0 for 1970.
+
+    A mirror copies ``source_image`` to ``target_image``; a scan looks at ``source_image``. ``logins`` are those of the
+    one who asked, as (registry, user, password): they go before the configured ones.
     """
 
     container_id: str
@@ -56,6 +62,25 @@ class BuildSpec:
     timeout_s: float = 900.0
     identity: Identity = _NOBODY
     ip_address: str = field(default="", repr=False)
+    kind: Kind = "build"
+    source_image: str = ""
+    logins: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def series(self) -> str:
+        """What the ids of all jobs of the same result begin with: ``bd-``, ``mr-`` or ``sc-``, and the container id."""
+        return f"{_PREFIXES[self.kind]}-{self.container_id}"
+
+    @property
+    def slot(self) -> str:
+        """What at most one job at a time is about: the image that a build or a mirror makes, or the one to scan."""
+        match self.kind:
+            case "build":
+                return self.target_image
+            case "mirror":
+                return f"mirror {self.target_image}"
+            case "scan":
+                return f"scan {self.source_image} {self.platform}"
 
     @property
     def image(self) -> str:
@@ -99,7 +124,10 @@ class BuildRecord:
 
 
 def split_build_id(text: str) -> tuple[str, int] | None:
-    """The container id and the number of a whole build id (``bd-<16 hex>_<n>``); None for any other text."""
+    """The series (``bd-<16 hex>``) and the number of a whole id (``bd-<16 hex>_<n>``); None for any other text.
+
+    Ids of mirrors begin with ``mr-``, those of scans with ``sc-``.
+    """
     match = _BUILD_ID.fullmatch(text)
     return (match[1], int(match[2])) if match else None
 
@@ -122,6 +150,7 @@ def spec_from_json(document: Mapping[str, Any]) -> BuildSpec:
     members["compression"] = Compression(*members.get("compression", ()))
     identity = members.get("identity", {})
     members["identity"] = Identity(**{name: identity[name] for name in Identity.__slots__ if name in identity})
+    members["logins"] = tuple((host, user, password) for host, user, password in members.get("logins", ()))
     return BuildSpec(**members)
 
 

@@ -39,16 +39,16 @@ class BuildRecords:
             fields = cast(dict[bytes, bytes], await self._redis.hgetall(key("build", build_id)))
         return record_of(build_id, fields) if fields else None
 
-    async def newest(self, container_id: str) -> BuildRecord | None:
-        """The last build of a container id; None when there is none (any more)."""
+    async def newest(self, series: str) -> BuildRecord | None:
+        """The last build of a series (``bd-<16 hex>``); None when there is none (any more)."""
         async with answered():
-            number = cast(bytes | None, await self._redis.get(key("count", container_id)))
-        return await self.find(f"bd-{container_id}_{number.decode()}") if number else None
+            number = cast(bytes | None, await self._redis.get(key("count", series)))
+        return await self.find(f"{series}_{number.decode()}") if number else None
 
-    async def find_by_target(self, target_image: str) -> BuildRecord | None:
-        """The last build of an image; None when there is none (any more)."""
+    async def find_by_target(self, slot: str) -> BuildRecord | None:
+        """The last job of a slot, such as the build of an image; None when there is none (any more)."""
         async with answered():
-            build_id = cast(bytes | None, await self._redis.get(key("target", target_image)))
+            build_id = cast(bytes | None, await self._redis.get(key("target", slot)))
         return await self.find(build_id.decode()) if build_id else None
 
     async def queue_length(self) -> tuple[int, int]:
@@ -151,6 +151,7 @@ def pack_spec(spec: BuildSpec) -> tuple[bytes, bytes]:
         context=_without_content(spec.context) if spec.context else None,
         layers=tuple(_without_content(layer) for layer in spec.layers),
         identity=replace(spec.identity, access_token="", refresh_token=""),
+        logins=(),
     )
     return orjson.dumps(spec_to_json(shown)), orjson.dumps(spec_to_json(spec))
 

@@ -185,7 +185,7 @@ return redis.call('PEXPIRE', reservation, ARGV[3])
 
 # Records a new build, unless there is one by now, and gives back the reservation.
 # Keys: stream. Arguments: target image; id of the submission; id of a build whose image is gone, or empty; for how long
-# failures are remembered (s); container id; owner; spec as it is looked up; spec as it is built; limits.
+# failures are remembered (s); series; owner; spec as it is looked up; spec as it is built; limits.
 # Result: id of the build; 1 if it is this submission's (the script may be repeated), else 0.
 SUBMIT = _script("""
 local target, submission, gone, failure_memory = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -202,7 +202,7 @@ if id then
   return {id, 0}
 end
 repeat
-  id = 'bd-' .. container .. '_' .. redis.call('INCR', key('count', container))
+  id = container .. '_' .. redis.call('INCR', key('count', container))
 until redis.call('EXISTS', key('build', id)) == 0
 redis.call('PERSIST', key('count', container))
 redis.call('SET', key('target', target), id)

@@ -6,8 +6,8 @@ Of each build there are, under its id:
 - ``spec:<id>``: the spec as it is built, with secrets and content, until the build is done,
 - ``log:<id>``: the log while it grows, byte for byte; then ``kept:<id>``, the log, and ``lock:<id>``, both compressed.
 
-``count:<container id>`` is the number of its last build and ``target:<image>`` the id of its last build; they and
-what is left of a build expire together. ``reserved:<image>`` is the submission that is being admitted.
+``count:<series>`` is the number of its last build and ``target:<slot>`` the id of its last build; they and
+what is left of a build expire together. ``reserved:<slot>`` is the submission that is being admitted.
 
 The queue is ``waiting:<owner>``, a list of ids for each owner, and ``turns``, the owners in the order of their turns:
 start-time fair queueing, with a build as the unit. ``served`` says where an owner's next turn is, ``running`` is a
@@ -103,7 +103,7 @@ class BuildStore(BuildRecords):
     async def submit(
         self, spec: BuildSpec, admit: Callable[[], Awaitable[None]], *, gone: str = ""
     ) -> tuple[BuildRecord, bool]:
-        """The build of ``spec.target_image``, and whether it is a new one.
+        """The build of ``spec.slot``, and whether it is a new one.
 
         It is new when there is none, when the last one failed some time ago, and when the last one is ``gone``: the id
         of a build that succeeded, but whose image was then found missing. ``admit`` is awaited before a new one is
@@ -111,11 +111,11 @@ class BuildStore(BuildRecords):
         Raises StateUnavailable.
         """
         submission = token_hex(8)
-        async with self._locks.setdefault(spec.target_image, asyncio.Lock()):  # one asks for all who wait here
-            found = await self._reserve(spec.target_image, submission, gone)
+        async with self._locks.setdefault(spec.slot, asyncio.Lock()):  # one asks for all who wait here
+            found = await self._reserve(spec.slot, submission, gone)
             is_new = False
             if not found:
-                await self._admit(spec.target_image, submission, admit)
+                await self._admit(spec.slot, submission, admit)
                 found, is_new = await self._record(spec, submission, gone)
         record = await self.find(found)
         if record is None:
@@ -161,8 +161,8 @@ class BuildStore(BuildRecords):
 
     async def _record(self, spec: BuildSpec, submission: str, gone: str) -> tuple[str, bool]:
         shown, built = pack_spec(spec)
-        wanted = (spec.target_image, submission, gone, self._failure_memory_s)
-        build_id, is_new = await self._run(SUBMIT, *wanted, spec.container_id, spec.owner, shown, built, *self._limits)
+        wanted = (spec.slot, submission, gone, self._failure_memory_s)
+        build_id, is_new = await self._run(SUBMIT, *wanted, spec.series, spec.owner, shown, built, *self._limits)
         return build_id.decode(), bool(is_new)
 
     # --- the builder's side ------------------------------------------------------------------------------------------

@@ -88,11 +88,11 @@ class _Key:
     realm: str
     service: str
     scope: Scope
-    username: str
+    login: Login | None
 
 
 def _key(challenge: Challenge, scope: Scope, login: Login | None) -> _Key:
-    return _Key(challenge.realm, challenge.service, scope, login.username if login else "")
+    return _Key(challenge.realm, challenge.service, scope, login)
 
 
 class BearerTokens:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic, time
@@ -170,6 +171,12 @@ class Registry:
     async def close(self) -> None:
         """End what still runs in the background. The egress is the caller's."""
         await self._bearers.close()
+
+    def acting_as(self, credentials: Credentials) -> "Registry":
+        """The same client with other logins; connections, tokens, limits and what is known of registries are shared."""
+        other = copy(self)
+        other._credentials = credentials
+        return other
 
     # --- what callers ask for ------------------------------------------------------------------------------------
 
@@ -400,7 +407,8 @@ class Registry:
             raise self._denied(response, subject, said)
         response = await self._send(method, subject, headers, fresh)
         if response.status == 401:
-            self._bearers.forget(challenge, subject.scope, self._credentials.find(subject.endpoint.registry))
+            login = self._credentials.find(subject.endpoint.registry, subject.repository)
+            self._bearers.forget(challenge, subject.scope, login)
         else:
             self._remember(place, challenge)
         return response
@@ -433,7 +441,7 @@ class Registry:
     async def _authorization(self, subject: _Subject, challenge: Challenge | None, stale: str = "") -> str:
         if challenge is None:
             return ""
-        login = self._credentials.find(subject.endpoint.registry)
+        login = self._credentials.find(subject.endpoint.registry, subject.repository)
         if challenge.scheme == "basic":
             return basic_authorization(login) if login else ""
         token = await self._bearers.get(
@@ -451,7 +459,7 @@ class Registry:
         if origin_of(response.url) != origin_of(URL(subject.endpoint.url)):
             host = authority_of(response.url)
             return Denied(f"{host}, where registry {registry!r} sends us for {subject.name}, denies access ({said})")
-        if self._credentials.find(registry):
+        if self._credentials.find(registry, subject.repository):
             hint = "check username and password in"
         else:
             hint = "if it exists and is private, set username and password in"
