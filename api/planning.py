@@ -15,7 +15,6 @@ from wave_proxy.errors import (
     HostUnknown,
     ManifestUnknown,
     NameUnknown,
-    NotImplementedHere,
     RequestInvalid,
     clip,
 )
@@ -63,15 +62,16 @@ class Planner:
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to build for a request; of ``wanted``, what the submission does not say by itself.
 
-        Raises RequestInvalid, NotImplementedHere, UpstreamUnavailable.
+        Raises RequestInvalid, UpstreamUnavailable.
         """
         kind: Format = "sif" if request.format == "sif" else "docker"
-        platform = _platform(request)
+        platforms = parse_platforms(request.container_platform or str(LINUX_AMD64))
+        platform = ",".join(str(one) for one in platforms)
         recipe = await asyncio.to_thread(recipe_for, request, default_template=self._defaults.conda_template)
-        baked = _baked(wanted.config, platform) if request.freeze else ContainerConfig()
+        baked = _baked(wanted.config, platforms) if request.freeze else ContainerConfig()
         text = recipe.container_file
         if request.freeze:
-            text = await self._freeze(text, request.container_image or "", baked, platform, kind, wanted.identity)
+            text = await self._freeze(text, request.container_image or "", baked, platforms[0], kind, wanted.identity)
         repository = request.build_repository or self._defaults.repository
         context = request.build_context.to_layer() if request.build_context else None
         # In a thread: layers that the request itself carries are megabytes to hash.
@@ -79,7 +79,7 @@ class Planner:
             container_id,
             container_file=text,
             conda_file=recipe.conda_file,
-            platform=str(platform),
+            platform=platform,
             repository=repository,
             context=context,
             config=request.container_config if baked else None,
@@ -93,7 +93,7 @@ class Planner:
             conda_file=recipe.conda_file,
             context=context,
             layers=baked.layers,
-            platform=str(platform),
+            platform=platform,
             format=kind,
             build_repository=repository,
             cache_repository=self._cache_repository(request),
@@ -167,13 +167,17 @@ class Planner:
         return Compression(asked.mode or self._defaults.compression, asked.level, asked.force)
 
 
-def _baked(config: ContainerConfig, platform: Platform) -> ContainerConfig:
-    """The changes that go into an image of that platform."""
-    return replace(config, layers=tuple(layer for layer in config.layers if layer.fits(platform.architecture)))
-
-
-def _platform(request: Submission) -> Platform:
-    platforms = parse_platforms(request.container_platform) if request.container_platform else (LINUX_AMD64,)
-    if len(platforms) > 1:
-        raise NotImplementedHere("containerPlatform: builds for several platforms at once are not supported yet")
-    return platforms[0]
+def _baked(config: ContainerConfig, platforms: tuple[Platform, ...]) -> ContainerConfig:
+    """The changes that go into an image of these platforms. Raises RequestInvalid for a layer of one among several."""
+    architectures = [platform.architecture for platform in platforms]
+    layers = []
+    for position, layer in enumerate(config.layers):
+        fitting = [layer.fits(architecture) for architecture in architectures]
+        if all(fitting):
+            layers.append(layer)
+        elif any(fitting):
+            raise RequestInvalid(
+                f"containerConfig.layers[{position}]: a layer of one architecture can't be frozen into an image of "
+                "several: make a request for each platform"
+            )
+    return replace(config, layers=tuple(layers))

@@ -136,3 +136,5 @@ def _platform_rules(request: Submission) -> Iterator[str]:
         yield "Multi-platform builds require either 'containerFile' or 'packages' attribute"
     if request.format == "sif":
         yield "Multi-platform builds are not supported for Singularity format"
+    if request.container_includes:
+        yield "Multi-platform builds can't be used together with 'containerIncludes'"

@@ -14,12 +14,13 @@ from builder.logbook import LogBook
 from builder.workspace import Workspace, Workspaces
 from wave_proxy.errors import RequestInvalid, StateUnavailable, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
-from wave_proxy.image.oci import Platform, parse_platform, read_json_object, read_manifest
+from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerRequest
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.credentials import Credentials, Login
-from wave_proxy.upstream.publish import publish, read_blob, read_layout
+from wave_proxy.upstream.layout import Content, platform_of, read_layout
+from wave_proxy.upstream.publish import publish
 from wave_proxy.upstream.registry import Registry
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class Pipeline:
         async with self._locations(spec, images, book) as locations:
             job = Job(spec, workspace.folder, locations, self._write_logins(spec, workspace), book.write)
             layout = await self._engine.build(job)
-        await asyncio.to_thread(check_platform, layout, spec.platform)
+        await asyncio.to_thread(check_platforms, layout, spec.platform)
         await confirm()
         return await self._push(layout, spec, book)
 
@@ -157,30 +158,35 @@ def _say_what(record: BuildRecord, book: LogBook) -> None:
 
 def _read_bases(spec: BuildSpec) -> tuple[Reference, ...]:
     try:
-        return base_images(spec.container_file, spec.platform)
+        images = [base_images(spec.container_file, platform) for platform in spec.platforms]
+        return tuple(dict.fromkeys(image for several in images for image in several))
     except RequestInvalid as err:
         raise BuildFailed(f"the container file can't be built: {err}", NOT_BUILT) from None
 
 
-def check_platform(layout: Path, wanted: str) -> None:
-    """Check that the image in a layout is for that platform. Raises BuildFailed."""
+def check_platforms(layout: Path, wanted: str) -> None:
+    """Check that the images in a layout are for these platforms (``linux/amd64,linux/arm64``). Raises BuildFailed."""
+    platforms = parse_platforms(wanted)
     try:
         content = read_layout(layout)
-        manifest = read_manifest(content.manifest, content.media_type)
-        if manifest.config is None:
-            raise BuildFailed("the build made an index, and one image is expected")
-        config = read_json_object(read_blob(layout, manifest.config.digest), "the image's config")
+        found = [platform_of(layout, image) for image in _images_of(content)]
     except WaveError as err:
         raise BuildFailed(f"the build made no image that can be read: {err}") from None
-    found = Platform(*(str(config.get(name) or "") for name in ("os", "architecture", "variant")))
-    platform = parse_platform(wanted)
-    # Many images for 32-bit ARM don't say which variant they are.
-    variant = found.variant or platform.variant
-    if not platform.matches(found.os, found.architecture, variant):
-        raise BuildFailed(
-            f"missing platform: the built image is for {found}, and {platform} was asked for; is the base image "
-            "available for it?"
-        )
+    if content.children and len(platforms) == 1:
+        raise BuildFailed("the build made an index, and one image is expected")
+    if len(found) != len(platforms):
+        raise BuildFailed(f"the build made {len(found)} images, and {len(platforms)} are expected, for {wanted}")
+    for platform, made in zip(platforms, found, strict=True):
+        # Many images for 32-bit ARM don't say which variant they are.
+        if not platform.matches(made.os, made.architecture, made.variant or platform.variant):
+            raise BuildFailed(
+                f"missing platform: the built image is for {made}, and {platform} was asked for; is the base image "
+                "available for it?"
+            )
+
+
+def _images_of(content: Content) -> tuple[Content, ...]:
+    return content.children or (content,)
 
 
 async def until_answered(operation: Callable[[], Awaitable[T]]) -> T:

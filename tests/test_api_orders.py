@@ -245,6 +245,14 @@ async def test_an_image_with_changes_is_frozen(api: ApiServer, registry: Upstrea
     assert legacy["containerToken"] == legacy["requestId"]
 
 
+async def test_a_build_for_several_platforms_is_one_build(api: ApiServer, redis: str) -> None:
+    answer = api.submit(**dockerfile("FROM ubuntu:latest"), containerPlatform="linux/amd64,linux/arm64")
+    build = await build_of(redis, answer)
+    assert build.spec.platforms == ("linux/amd64", "linux/arm64")
+    other = await build_of(redis, api.submit(**dockerfile("FROM ubuntu:latest"), containerPlatform="amd64"))
+    assert other.spec.container_id != build.spec.container_id
+
+
 def test_an_image_to_freeze_that_does_not_exist(api: ApiServer, registry: Upstream) -> None:
     missing = f"{registry.address}/library/base:2.0"
     said = api.refuse(containerImage=missing, freeze=True, buildRepository=f"{registry.address}/mine/frozen")
@@ -274,9 +282,24 @@ def test_singularity_is_named_and_not_built_yet(api: ApiServer, registry: Upstre
         pytest.param({"containerFile": "RlJPTQ"}, 400, "Invalid 'containerFile' attribute", id="padding"),
         pytest.param(dockerfile("FROM x\nCOPY /kaniko /\n"), 400, "not allowed (error code: 101)", id="forbidden"),
         pytest.param(
-            {**dockerfile("FROM x\n"), "containerPlatform": "linux/amd64,linux/arm64"},
-            501,
-            "several platforms at once are not supported yet",
+            {
+                **dockerfile("FROM x\n"),
+                "containerPlatform": "linux/amd64,linux/arm64",
+                "freeze": True,
+                "buildRepository": "x.test/y",
+                "containerConfig": {
+                    "layers": [
+                        {
+                            "location": "https://fusionfs.seqera.io/releases/pkg/2/4/fusion-arm64.tar.gz",
+                            "gzipDigest": f"sha256:{'0' * 64}",
+                            "gzipSize": 3,
+                            "tarDigest": f"sha256:{'0' * 64}",
+                        }
+                    ]
+                },
+            },
+            400,
+            "containerConfig.layers[0]: a layer of one architecture",
             id="platforms",
         ),
         pytest.param(

@@ -25,9 +25,11 @@ from builder.engines.buildkit import BuildKit, build_options, cache_options, nam
 from builder.engines.registries import registries_conf, translate_auth
 from builder.failures import OUT_OF_MEMORY, TIMED_OUT, BuildFailed
 from builder.limits import Limits
+from builder.pipeline import check_platforms
 from tests.boxes import LIMITS, NO_PROXY, gate, until_there, why_no_box
 from tests.servers import distribution, free_port, has_distribution, http_request, push
 from wave_proxy.image.build import BuildSpec, Compression, Compressor
+from wave_proxy.upstream.layout import platform_of, read_layout
 
 needs_buildah = [
     pytest.mark.skipif(shutil.which("buildah") is None, reason="the package buildah is not installed"),
@@ -301,6 +303,21 @@ class TestBuildah:
             why = await shop.failure(f"FROM busybox\nRUN /bin/busybox wget -O- http://{server.address}/v2/\n")
             assert why.exit_status == 1
             assert server.log == []
+
+    async def test_a_build_for_several_platforms_makes_an_image_for_each(self, shop: Workshop) -> None:
+        text = "FROM scratch\nARG TARGETARCH\nCOPY f-$TARGETARCH /f\n"
+        files = {"f-amd64": "one", "f-arm64": "other"}
+        built = await shop.build(text, files, platform="linux/amd64,linux/arm64")
+        images = read_layout(built.layout).children
+        assert [platform_of(built.layout, made).architecture for made in images] == ["amd64", "arm64"]
+        assert len({made.blobs[-1].digest for made in images}) == 2
+        check_platforms(built.layout, "linux/amd64,linux/arm64")
+        with pytest.raises(BuildFailed, match="made an index, and one image is expected"):
+            check_platforms(built.layout, "linux/amd64")
+        with pytest.raises(BuildFailed, match="made 2 images, and 3 are expected"):
+            check_platforms(built.layout, "linux/amd64,linux/arm64,linux/arm/v7")
+        with pytest.raises(BuildFailed, match="missing platform: the built image is for linux/arm64, and linux/arm/v7"):
+            check_platforms(built.layout, "linux/amd64,linux/arm/v7")
 
     async def test_a_build_for_another_architecture_names_it(self, tmp_path: Path, registry: str) -> None:
         push(

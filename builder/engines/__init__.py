@@ -40,7 +40,8 @@ class Engine(Protocol):
         """Raises EngineMissing when this machine can't run builds."""
 
     async def build(self, job: Job) -> Path:
-        """The OCI image layout (a folder in the workspace) of the built image. Ending the task ends all of the build.
+        """The OCI image layout (a folder in the workspace) of the built image; for several platforms of their images,
+        in order, or of their index. Ending the task ends all of the build.
 
         Raises BuildFailed.
         """

@@ -96,8 +96,9 @@ class Buildah:
                 await asyncio.to_thread(self._write_configuration, job, driver)
                 tail = Tail(job.log)
                 meter = Meter(tail.write, self._limits.log_bytes)
-                await self._run(job, tail, meter, self._build_command(job))
-                await self._run(job, tail, meter, _push_command(job))
+                for platform in job.spec.platforms:
+                    await self._run(job, tail, meter, self._build_command(job, platform))
+                    await self._run(job, tail, meter, _push_command(job, platform))
         except TimeoutError:
             raise timed_out(job.spec.timeout_s) from None
         except BoxUnavailable as err:
@@ -146,10 +147,10 @@ class Buildah:
         if status != 0:
             raise BuildFailed(classify(tail.text, status), status)
 
-    def _build_command(self, job: Job) -> list[str]:
+    def _build_command(self, job: Job, platform: str) -> list[str]:
         spec = job.spec
         command = ["buildah", "build", "--format", "oci", "--isolation", "chroot"]
-        command += ["--network", "host", "--platform", spec.platform, "--timestamp", str(spec.epoch)]
+        command += ["--network", "host", "--platform", platform, "--timestamp", str(spec.epoch)]
         command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
         command += ["--ulimit", f"nproc={self._limits.processes + SPARE_PROCESSES}", "--retry", "2"]
         if job.auth_file is not None:
@@ -159,7 +160,7 @@ class Buildah:
             command += ["--layers", "--cache-from", cache, "--cache-to", cache]
         else:
             command += ["--layers=false"]
-        return [*command, "--file", str(HOME / "Containerfile"), "--tag", _IMAGE, str(HOME / "context")]
+        return [*command, "--file", str(HOME / "Containerfile"), "--tag", _image(platform), str(HOME / "context")]
 
     async def _storage_driver(self, folder: Path) -> str:
         """The same for all builds: their workspaces are on one file system."""
@@ -178,10 +179,15 @@ class Buildah:
             await asyncio.to_thread(shutil.rmtree, trial, True)
 
 
-def _push_command(job: Job) -> list[str]:
+def _image(platform: str) -> str:
+    return f"{_IMAGE}:{platform.replace('/', '-')}"
+
+
+def _push_command(job: Job, platform: str) -> list[str]:
     command = ["buildah", "push", "--quiet", "--format", "oci"]
     command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
-    return [*command, *compression_options(job), _IMAGE, f"oci:{HOME / _LAYOUT}:latest"]
+    image = _image(platform)
+    return [*command, *compression_options(job), image, f"oci:{HOME / _LAYOUT}:{image.rpartition(':')[2]}"]
 
 
 def compression_options(job: Job) -> list[str]:

@@ -138,8 +138,10 @@ def build_options(job: Job, layout: Path) -> list[str]:
     options += ["--local", f"dockerfile={job.folder}", "--opt", "filename=Containerfile"]
     options += ["--local", f"context={job.folder / 'context'}", "--opt", f"platform={spec.platform}"]
     options += ["--opt", f"build-arg:SOURCE_DATE_EPOCH={spec.epoch}"]
-    for name, location in named_images(spec.container_file, spec.platform, job.base_images):
-        options += ["--opt", f"context:{name}=docker-image://{location}"]
+    for platform in spec.platforms:
+        for name, location in named_images(spec.container_file, platform, job.base_images):
+            option = f"context:{name}=docker-image://{location}"
+            options += [] if option in options else ["--opt", option]
     output = output_options(f"type=oci,dest={layout},tar=false,rewrite-timestamp=true", spec.compression)
     return [*options, "--output", output, *cache_options(spec)]
 

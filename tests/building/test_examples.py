@@ -4,6 +4,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +163,23 @@ def test_a_dockerfile_with_a_build_context(scene: Scene, docker: Client) -> None
     )
     check_shape(answer, "")
     assert docker(*RUN, answer["targetImage"]) == "HELLO FROM THE CONTEXT\n"
+
+
+def test_a_dockerfile_for_two_platforms(scene: Scene, docker: Client) -> None:
+    file = "FROM scratch\nARG TARGETARCH\nCOPY busybox /busybox\nCOPY words-$TARGETARCH /words\n"
+    busybox = Path(find("busybox")).read_bytes()
+    context = layer({"busybox": busybox, "words-amd64": "for amd64\n", "words-arm64": "for arm64\n"})
+    answer = scene.wave.submit(
+        containerFile=base64(file), buildContext=context.inline(), containerPlatform="linux/amd64,linux/arm64"
+    )
+    assert docker(*RUN, answer["targetImage"], "/busybox", "cat", "/words") == "for amd64\n"
+    scene.built(answer)
+    answered = scene.wave.request("GET", f"/v2/{answer['targetImage'].partition('/')[2].replace(':', '/manifests/')}")
+    entries = answered.json()["manifests"]
+    assert [entry["platform"] for entry in entries] == [
+        {"os": "linux", "architecture": "amd64"},
+        {"os": "linux", "architecture": "arm64"},
+    ]
 
 
 # --- what else a request can say -------------------------------------------------------------------------------------

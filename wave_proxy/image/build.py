@@ -38,7 +38,8 @@ class BuildSpec:
     ``container_id`` is the hash of what decides the result; ``target_image`` the normalised reference that is pushed
     (``host/repository:tag``, no ``oras://``). ``container_file`` and ``conda_file`` are the effective texts. The build
     context is unpacked from the tar.gz ``context``; ``layers`` are those that the container file adds as
-    ``layer-<hex of gzip_digest>.tar.gz``. ``platform`` is one platform. ``cache_repository`` has no tag. ``epoch`` is
+    ``layer-<hex of gzip_digest>.tar.gz``. ``platform`` is one platform, or several with commas: then
+    the image is an index of one image each. ``cache_repository`` has no tag. ``epoch`` is
     the time that files and image get (epoch seconds), 0 for 1970.
 
     A mirror copies ``source_image`` to ``target_image``; a scan looks at ``source_image``. ``logins`` are those of the
@@ -65,6 +66,11 @@ class BuildSpec:
     kind: Kind = "build"
     source_image: str = ""
     logins: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Each platform by itself."""
+        return tuple(self.platform.split(","))
 
     @property
     def series(self) -> str:

@@ -1,16 +1,13 @@
 """Pushing an image to a registry: only what that lacks, and the manifest when all that it names is there."""
 
 import asyncio
-import os
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from errno import EINVAL
 from functools import partial
 from pathlib import Path
 from re import compile as compile_pattern
-from stat import S_ISREG
-from typing import Any, BinaryIO, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from aiohttp import ClientResponse
@@ -26,17 +23,10 @@ from wave_proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from wave_proxy.image.oci import (
-    MAX_MANIFEST_BYTES,
-    Descriptor,
-    matches,
-    parse_digest,
-    read_json_object,
-    read_manifest,
-    sniff_media_type,
-)
+from wave_proxy.image.oci import Descriptor
 from wave_proxy.image.reference import Reference
 from wave_proxy.upstream.egress import Body
+from wave_proxy.upstream.layout import Content, read_blob_file, read_layout
 from wave_proxy.upstream.registry import PushRequest, Registry
 
 T = TypeVar("T")
@@ -45,8 +35,6 @@ _ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.25
 _MAX_PAUSE_S = 15.0
 _PARALLEL = 3
-_STEP = 1 << 18
-_MAX_DEPTH = 2  # an index of images
 
 _CREATED = frozenset({201})
 _CREATED_OR_ACCEPTED = frozenset({201, 202})
@@ -63,26 +51,15 @@ OpenBlob = Callable[[Descriptor, int], AsyncIterable[bytes]]
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """A manifest, or an index with its ``children``; ``blobs`` are what the manifest itself names, each once."""
-
-    manifest: bytes
-    media_type: str
-    digest: str
-    blobs: tuple[Descriptor, ...]
-    children: tuple["Content", ...] = ()
-
-
 async def publish(registry: Registry, layout: Path, reference: Reference, *, on_progress: Say) -> str:
-    """Push the image in an OCI image layout (a folder); returns its manifest's digest, as the registry confirmed it.
+    """Push what an OCI image layout (a folder) holds; returns its digest, as the registry confirmed it.
 
     Raises ContentMismatch and UpstreamError for a layout that is none, and what ``push`` raises.
     """
     content = await asyncio.to_thread(read_layout, layout)
 
     def open_file(blob: Descriptor, start: int) -> AsyncIterable[bytes]:
-        return _read_file(_blob_path(layout, blob.digest), start)
+        return read_blob_file(layout, blob.digest, start)
 
     return await push(registry, content, open_file, reference, on_progress=on_progress)
 
@@ -103,87 +80,6 @@ async def push(
     Raises Denied, NameUnknown, TooManyRequests, UpstreamError, UpstreamUnavailable, UpstreamTimeout.
     """
     return await _Push(registry, reference, open_blob, on_progress, mount_from or {}).run(content)
-
-
-# --- layouts -----------------------------------------------------------------------------------------------------
-
-
-def read_layout(layout: Path) -> Content:
-    """The one image or index of an OCI image layout. Reads the disk. Raises ContentMismatch, UpstreamError.
-
-    Source: image-spec image-layout.md.
-    """
-    try:
-        index = read_json_object(_read_small(layout / "index.json"), "index.json")
-    except OSError as err:
-        raise UpstreamError(f"{layout.name} is not an OCI image layout: {err.strerror}") from None
-    match index.get("manifests"):
-        case [{"digest": str(digest), **rest}]:
-            return _read_content(layout, digest, rest.get("mediaType"), _MAX_DEPTH)
-    raise UpstreamError(f"{layout.name} does not hold exactly one image")
-
-
-def _read_content(layout: Path, digest: str, media_type: Any, depth: int) -> Content:
-    manifest = read_blob(layout, digest)
-    if not isinstance(media_type, str):
-        media_type = sniff_media_type(manifest)
-    read = read_manifest(manifest, media_type)
-    if read.entries and not depth:
-        raise UpstreamError("an index names indexes that name indexes")
-    blobs = {blob.digest: blob for blob in (*((read.config,) if read.config else ()), *read.layers)}
-    for blob in blobs.values():
-        _check_size(layout, blob)
-    children = (
-        _read_content(layout, entry.descriptor.digest, entry.descriptor.media_type or None, depth - 1)
-        for entry in read.entries
-    )
-    return Content(manifest, media_type, digest, tuple(blobs.values()), tuple(children))
-
-
-def read_blob(layout: Path, digest: str) -> bytes:
-    """A manifest or config out of a layout, checked against its digest. Raises ContentMismatch."""
-    try:
-        content = _read_small(_blob_path(layout, digest))
-    except OSError as err:
-        raise ContentMismatch(f"{digest} can't be read: {err.strerror}") from None
-    if not matches(content, digest):
-        raise ContentMismatch(f"what is called {digest} is another one, or larger than {MAX_MANIFEST_BYTES} bytes")
-    return content
-
-
-def _read_small(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read(MAX_MANIFEST_BYTES + 1)[:MAX_MANIFEST_BYTES]
-
-
-def _open(path: Path) -> BinaryIO:
-    """Who made the layout may have put anything into it: a link, or a pipe that nobody writes to."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115 - the caller's
-    if not S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(EINVAL, "not a regular file")
-    return file
-
-
-def _blob_path(layout: Path, digest: str) -> Path:
-    algorithm, _, name = parse_digest(digest).partition(":")
-    return layout / "blobs" / algorithm / name
-
-
-def _check_size(layout: Path, blob: Descriptor) -> None:
-    try:
-        size = _blob_path(layout, blob.digest).lstat().st_size
-    except OSError as err:
-        raise ContentMismatch(f"blob {blob.digest} can't be read: {err.strerror}") from None
-    if size != blob.size:
-        raise ContentMismatch(f"blob {blob.digest} has {size} bytes, and the manifest says {blob.size}")
-
-
-async def _read_file(path: Path, start: int) -> AsyncIterator[bytes]:
-    with _open(path) as file:
-        file.seek(start)
-        while chunk := await asyncio.to_thread(file.read, _STEP):
-            yield chunk
 
 
 # --- pushing -----------------------------------------------------------------------------------------------------
