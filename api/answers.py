@@ -118,33 +118,6 @@ def described_legacy(record: TokenRecord, build: BuildRecord | None, authority: 
     }
 
 
-def status_of(record: TokenRecord, now: float) -> dict[str, Any]:
-    """How far a request for an image that is not built is: done when it is recorded. Source: ``wave.md`` §1.6."""
-    return {
-        "id": record.token,
-        "status": "DONE",
-        "succeeded": True,
-        "creationTime": format_instant(record.request.created),
-        "duration": format_seconds(now - record.request.created),
-    }
-
-
-def status_of_build(record: TokenRecord, build: BuildRecord, public_url: str) -> dict[str, Any]:
-    """How far a request is whose image is built. Source: ``wave.md`` §1.6, vectors V36."""
-    answer: dict[str, Any] = {
-        "id": record.token,
-        "status": "BUILDING" if build.phase != "done" else "DONE",
-        "buildId": build.build_id,
-        "creationTime": format_instant(build.created),
-    }
-    if build.duration_s is not None:
-        answer |= {"succeeded": build.succeeded, "duration": format_seconds(build.duration_s)}
-    if build.succeeded is False:
-        answer["reason"] = "Container build did not complete successfully"
-        answer["detailsUri"] = f"{public_url}/view/builds/{build.build_id}"
-    return answer
-
-
 def _own_name(record: TokenRecord, authority: str) -> str:
     request = record.request
     return request.image if request.freeze else target_image(authority, record.token, request)

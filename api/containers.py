@@ -13,8 +13,6 @@ from api.answers import (
     described,
     described_legacy,
     parse_timestamp,
-    status_of,
-    status_of_build,
     submitted,
 )
 from api.body import read_object
@@ -28,6 +26,7 @@ from api.registries import Registries
 from api.replies import json_reply
 from api.rules import check_rules, check_supported
 from api.schema import Submission, parse_submission
+from api.statuses import container_status
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
@@ -95,12 +94,10 @@ class Containers:
         record, now = await self._find(request.path_params["token"]), time()
         if record is None or not record.is_valid(now):
             return Response(status_code=404)
-        if not record.request.build_id:
-            return json_reply(status_of(record, now))
         build = await self._find_build(record)
-        if build is None:
+        if record.request.build_id and build is None:
             return json_reply({"message": f"Missing container build record with id: {record.request.build_id}"}, 404)
-        return json_reply(status_of_build(record, build, self._public_url))
+        return json_reply(container_status(record, build, None, now=now, public_url=self._public_url))
 
     async def describe_legacy(self, request: Request) -> Response:
         """GET /container-token/{token}"""

@@ -163,7 +163,7 @@ async def test_how_a_build_stands(api: ApiServer, redis: str) -> None:
     await finish(redis, answer, exit_status=3, reason="out of memory")
     after = api.request("GET", path).json()
     again = api.submit(**dockerfile("FROM base\nRUN standing\n"))
-    assert (before["status"], before["buildId"]) == ("BUILDING", answer["buildId"])
+    assert (before["status"], before["buildId"]) == ("PENDING", answer["buildId"])
     assert before.keys() == {"id", "status", "buildId", "creationTime"}
     assert (after["status"], after["succeeded"]) == ("DONE", False)
     assert after["reason"] == "Container build did not complete successfully"
