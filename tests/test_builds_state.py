@@ -214,7 +214,7 @@ async def test_a_success_is_given_back_until_its_image_is_gone(redis_url: str) -
 async def test_what_is_kept_runs_out_together(redis_url: str) -> None:
     async with store(redis_url, retention_s=600) as builds, connect(redis_url) as redis:
         build_id = await submitted(builds)
-        container, target = f"count:{0:016x}", "target:registry.test/built:0"
+        container, target = f"count:bd-{0:016x}", "target:registry.test/built:0"
         while_waiting = await keys(redis)
         assert {f"build:{build_id}", f"spec:{build_id}", container, target} <= while_waiting.keys()
         assert set(while_waiting.values()) == {-1}

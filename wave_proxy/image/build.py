@@ -42,7 +42,8 @@ class BuildSpec:
     the image is an index of one image each. ``cache_repository`` has no tag. ``epoch`` is
     the time that files and image get (epoch seconds), 0 for 1970.
 
-    A mirror copies ``source_image`` to ``target_image``; a scan looks at ``source_image``. ``logins`` are those of the
+    A mirror copies ``source_image`` to ``target_image``. A scan looks at ``source_image``, which names the image by
+    digest where that was known, and is the ``target_image`` by the name that was asked for. ``logins`` are those of the
     one who asked, as (registry, user, password): they go before the configured ones.
     """
 
@@ -86,7 +87,7 @@ class BuildSpec:
             case "mirror":
                 return f"mirror {self.target_image}"
             case "scan":
-                return f"scan {self.source_image} {self.platform}"
+                return f"{self.series} {self.platform}"
 
     @property
     def image(self) -> str:

@@ -92,9 +92,18 @@ local function leave(consumer)
   end
 end
 
--- Frees a build's slot, if it has one.
+-- Puts a build in line, behind the others of its owner.
+local function enqueue(id, owner, limit, most)
+  redis.call('RPUSH', key('waiting', owner), id)
+  redis.call('HINCRBY', TOTALS, 'waiting', 1)
+  join(owner, most)
+  promote(limit, most)
+end
+
+-- Frees a build's slot, or its place in line, if it has one.
 local function free(id, limit, most)
-  local owner, entry, builder = unpack(redis.call('HMGET', key('build', id), 'owner', 'entry', 'builder'))
+  local owner, entry, builder, after = unpack(
+    redis.call('HMGET', key('build', id), 'owner', 'entry', 'builder', 'after'))
   ensure_group()
   if entry then
     redis.call('XACK', STREAM, GROUP, entry)
@@ -105,6 +114,8 @@ local function free(id, limit, most)
     if builder then
       leave(builder)
     end
+  elseif after then
+    redis.call('LREM', key('followers', after), 1, id)
   else
     redis.call('LREM', key('waiting', owner), 1, id)
     redis.call('HINCRBY', TOTALS, 'waiting', -1)
@@ -116,8 +127,10 @@ local function free(id, limit, most)
   promote(limit, most)
 end
 
--- Records the end of a build; from now on all that is known of it runs out.
-local function finish(id, exit_status, digest, reason, retention)
+-- Records the end of a build; from now on all that is known of it runs out. What was to come after it gets in line now,
+-- or ends as well when the build has failed.
+local finish
+finish = function(id, exit_status, digest, reason, retention, limit, most)
   local build = key('build', id)
   redis.call('HSET', build, 'phase', 'done', 'finished', now(), 'exit_status', exit_status, 'digest', digest,
     'reason', reason)
@@ -128,6 +141,17 @@ local function finish(id, exit_status, digest, reason, retention)
   redis.call('EXPIRE', key('count', container), retention)
   if redis.call('GET', key('target', target)) == id then
     redis.call('EXPIRE', key('target', target), retention)
+  end
+  local followers = redis.call('LRANGE', key('followers', id), 0, -1)
+  redis.call('DEL', key('followers', id))
+  for _, follower in ipairs(followers) do
+    redis.call('HDEL', key('build', follower), 'after')
+    if tonumber(exit_status) == 0 then
+      redis.call('HSET', key('build', follower), 'created', now())
+      enqueue(follower, redis.call('HGET', key('build', follower), 'owner'), limit, most)
+    else
+      finish(follower, exit_status, '', 'there is no image: ' .. id .. ' failed', retention, limit, most)
+    end
   end
 end
 
@@ -185,11 +209,12 @@ return redis.call('PEXPIRE', reservation, ARGV[3])
 
 # Records a new build, unless there is one by now, and gives back the reservation.
 # Keys: stream. Arguments: target image; id of the submission; id of a build whose image is gone, or empty; for how long
-# failures are remembered (s); series; owner; spec as it is looked up; spec as it is built; limits.
+# failures are remembered (s); series; owner; spec as it is looked up; spec as it is built; limits; id of the build that
+# it is to come after, or empty.
 # Result: id of the build; 1 if it is this submission's (the script may be repeated), else 0.
 SUBMIT = _script("""
 local target, submission, gone, failure_memory = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local container, owner, limit, most = ARGV[5], ARGV[6], tonumber(ARGV[9]), tonumber(ARGV[10])
+local container, owner, limit, most, after = ARGV[5], ARGV[6], tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11]
 if redis.call('GET', key('reserved', target)) == submission then
   redis.call('DEL', key('reserved', target))
 end
@@ -209,10 +234,13 @@ redis.call('SET', key('target', target), id)
 redis.call('HSET', key('build', id), 'phase', 'queued', 'created', now(), 'spec', ARGV[7], 'owner', owner,
   'container', container, 'target', target, 'submission', submission)
 redis.call('SET', key('spec', id), ARGV[8])
-redis.call('RPUSH', key('waiting', owner), id)
-redis.call('HINCRBY', TOTALS, 'waiting', 1)
-join(owner, most)
-promote(limit, most)
+local phase = after ~= '' and redis.call('HGET', key('build', after), 'phase')
+if phase and phase ~= 'done' then
+  redis.call('HSET', key('build', id), 'after', after)
+  redis.call('RPUSH', key('followers', after), id)
+else
+  enqueue(id, owner, limit, most)
+end
 return {id, 1}
 """)
 
@@ -368,7 +396,7 @@ if ARGV[8] ~= '' then
   redis.call('SET', key('lock', id), ARGV[8], 'EX', retention)
 end
 free(id, limit, most)
-finish(id, ARGV[3], ARGV[4], ARGV[5], retention)
+finish(id, ARGV[3], ARGV[4], ARGV[5], retention, limit, most)
 return 'done'
 """)
 
@@ -386,7 +414,7 @@ redis.call('HSETNX', build, 'cancelled', reason)
 redis.call('HSETNX', build, 'canceller', call)
 if not claim then
   free(id, limit, most)
-  finish(id, ARGV[5], '', reason, ARGV[4])
+  finish(id, ARGV[5], '', reason, ARGV[4], limit, most)
 end
 return 1
 """)

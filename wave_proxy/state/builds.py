@@ -7,7 +7,8 @@ Of each build there are, under its id:
 - ``log:<id>``: the log while it grows, byte for byte; then ``kept:<id>``, the log, and ``lock:<id>``, both compressed.
 
 ``count:<series>`` is the number of its last build and ``target:<slot>`` the id of its last build; they and
-what is left of a build expire together. ``reserved:<slot>`` is the submission that is being admitted.
+what is left of a build expire together. ``reserved:<slot>`` is the submission that is being admitted, and
+``followers:<id>`` the jobs that wait for the end of a build, to run after it if it succeeds.
 
 The queue is ``waiting:<owner>``, a list of ids for each owner, and ``turns``, the owners in the order of their turns:
 start-time fair queueing, with a build as the unit. ``served`` says where an owner's next turn is, ``running`` is a
@@ -101,13 +102,14 @@ class BuildStore(BuildRecords):
     # --- the api's side ----------------------------------------------------------------------------------------------
 
     async def submit(
-        self, spec: BuildSpec, admit: Callable[[], Awaitable[None]], *, gone: str = ""
+        self, spec: BuildSpec, admit: Callable[[], Awaitable[None]], *, gone: str = "", after: str = ""
     ) -> tuple[BuildRecord, bool]:
         """The build of ``spec.slot``, and whether it is a new one.
 
         It is new when there is none, when the last one failed some time ago, and when the last one is ``gone``: the id
         of a build that succeeded, but whose image was then found missing. ``admit`` is awaited before a new one is
         recorded, by one of all that ask for it; what it raises ends that one's submission, and another one tries.
+        A new one that is to come ``after`` a build waits for its end: then it gets in line, or fails as that one has.
         Raises StateUnavailable.
         """
         submission = token_hex(8)
@@ -116,7 +118,7 @@ class BuildStore(BuildRecords):
             is_new = False
             if not found:
                 await self._admit(spec.slot, submission, admit)
-                found, is_new = await self._record(spec, submission, gone)
+                found, is_new = await self._record(spec, submission, gone, after)
         record = await self.find(found)
         if record is None:
             raise StateUnavailable("the build's record is lost; try again")
@@ -159,10 +161,10 @@ class BuildStore(BuildRecords):
             with suppress(StateUnavailable):
                 await self._run(HOLD, target, submission, _RESERVED_MS)
 
-    async def _record(self, spec: BuildSpec, submission: str, gone: str) -> tuple[str, bool]:
-        shown, built = pack_spec(spec)
+    async def _record(self, spec: BuildSpec, submission: str, gone: str, after: str) -> tuple[str, bool]:
         wanted = (spec.slot, submission, gone, self._failure_memory_s)
-        build_id, is_new = await self._run(SUBMIT, *wanted, spec.series, spec.owner, shown, built, *self._limits)
+        job = (spec.series, spec.owner, *pack_spec(spec))
+        build_id, is_new = await self._run(SUBMIT, *wanted, *job, *self._limits, after)
         return build_id.decode(), bool(is_new)
 
     # --- the builder's side ------------------------------------------------------------------------------------------
