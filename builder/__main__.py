@@ -17,6 +17,7 @@ from builder.engines.missing import MissingEngine
 from builder.gate import Gate
 from builder.limits import Limits
 from builder.pipeline import Pipeline
+from builder.work import Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
 from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
@@ -44,11 +45,8 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(redis.aclose)
         await wait_until_up(redis)
         log.debug("builder is running", engine=settings.build.engine)
-        if settings.build.engine == "none":
-            await stop.wait()
-        else:
-            worker = await _compose(settings, redis, stack)
-            await worker.run(stop, settings.shutdown_grace)
+        worker = await _compose(settings, redis, stack)
+        await worker.run(stop, settings.shutdown_grace)
     log.info("builder stopped")
 
 
@@ -72,9 +70,9 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     for build_id, attempt in await workspaces.remove_leftovers():
         await store.abandon(build_id, attempt)
     engine = await _engine(settings, egress)
-    pipeline = Pipeline(engine, workspaces, registry, tokens, credentials, settings.authority)
+    works = Works({"build": Pipeline(engine, workspaces, registry, tokens, credentials, settings.authority)})
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
-    return Worker(store, pipeline, name, slots=settings.build.slots or settings.build.max_running)
+    return Worker(store, works, name, slots=settings.build.slots or settings.build.max_running)
 
 
 def _store(settings: BuildSettings, redis: Redis) -> BuildStore:
@@ -97,6 +95,8 @@ async def _engine(settings: Settings, egress: Egress) -> Engine:
             engine = Buildah(limits, gate, settings.own_url, settings.authority)
         case "buildkit":
             engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
+        case "none":
+            return MissingEngine('[build] engine = "none"')
         case other:
             engine = MissingEngine(f'[build] engine = "{other}" is not supported by this version yet')
     try:

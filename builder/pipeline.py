@@ -1,16 +1,16 @@
 """One build from its record to the pushed image."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import time
-from typing import TypeVar
 
 from builder.containerfile import base_images
 from builder.engines import Engine, Job
 from builder.failures import NOT_BUILT, BuildFailed, timed_out
 from builder.logbook import LogBook
+from builder.work import Confirm, until_answered
 from builder.workspace import Workspace, Workspaces
 from wave_proxy.errors import RequestInvalid, StateUnavailable, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
@@ -23,11 +23,8 @@ from wave_proxy.upstream.layout import Content, platform_of, read_layout
 from wave_proxy.upstream.publish import publish
 from wave_proxy.upstream.registry import Registry
 
-T = TypeVar("T")
-
 _LEEWAY_S = 60.0  # a token outlives the build a little
 _DIGEST_S = 10.0
-_PAUSE_S = 1.0
 
 
 class Pipeline:
@@ -49,7 +46,7 @@ class Pipeline:
         self._credentials = credentials
         self._authority = authority
 
-    async def run(self, record: BuildRecord, book: LogBook, confirm: Callable[[], Awaitable[None]]) -> str:
+    async def run(self, record: BuildRecord, book: LogBook, confirm: Confirm) -> str:
         """Build and push; returns the manifest's digest. ``confirm`` is awaited before anything is pushed.
 
         Nothing of the build is left on this machine. Raises BuildFailed, and what ``confirm`` raises.
@@ -65,9 +62,7 @@ class Pipeline:
                 raise
             raise timed_out(spec.timeout_s) from None
 
-    async def _build(
-        self, record: BuildRecord, workspace: Workspace, book: LogBook, confirm: Callable[[], Awaitable[None]]
-    ) -> str:
+    async def _build(self, record: BuildRecord, workspace: Workspace, book: LogBook, confirm: Confirm) -> str:
         spec = record.spec
         _say_what(record, book)
         images = _read_bases(spec)
@@ -187,12 +182,3 @@ def check_platforms(layout: Path, wanted: str) -> None:
 
 def _images_of(content: Content) -> tuple[Content, ...]:
     return content.children or (content,)
-
-
-async def until_answered(operation: Callable[[], Awaitable[T]]) -> T:
-    """What ``operation`` brings, however long the state store is away: builds have a limit of their own on time."""
-    while True:
-        try:
-            return await operation()
-        except StateUnavailable:
-            await asyncio.sleep(_PAUSE_S)

@@ -8,7 +8,7 @@ import structlog
 
 from builder.failures import CANCELLED, NOT_BUILT, BuildFailed
 from builder.logbook import LogBook
-from builder.pipeline import Pipeline, until_answered
+from builder.work import Work, until_answered
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.build import split_build_id
 from wave_proxy.state.builds import BuildCancelled, BuildStore, Claim, LeaseLost
@@ -27,9 +27,9 @@ class Worker:
     ``name`` tells it from the other builders. Leases are renewed every ``lease_s`` / 3, as the store has them.
     """
 
-    def __init__(self, store: BuildStore, pipeline: Pipeline, name: str, *, slots: int, lease_s: float = 15.0) -> None:
+    def __init__(self, store: BuildStore, works: Work, name: str, *, slots: int, lease_s: float = 15.0) -> None:
         self._store = store
-        self._pipeline = pipeline
+        self._works = works
         self._name = name
         self._slots = slots
         self._renew_s = lease_s / 3
@@ -71,7 +71,7 @@ class Worker:
         record = claim.record
         log.info("build begins", build=record.build_id, image=record.spec.target_image, attempt=record.attempt)
         try:
-            await _Attempt(self._store, self._pipeline, claim, self._renew_s).run()
+            await _Attempt(self._store, self._works, claim, self._renew_s).run()
         except LeaseLost:
             log.warning("build was taken over by another builder", build=record.build_id)
         except asyncio.CancelledError:
@@ -88,9 +88,9 @@ class Worker:
 class _Attempt:
     """One claim: the build, its log and its lease, side by side."""
 
-    def __init__(self, store: BuildStore, pipeline: Pipeline, claim: Claim, renew_s: float) -> None:
+    def __init__(self, store: BuildStore, works: Work, claim: Claim, renew_s: float) -> None:
         self._store = store
-        self._pipeline = pipeline
+        self._works = works
         self._claim = claim
         self._renew_s = renew_s
         self._book = LogBook(self._append)
@@ -123,7 +123,7 @@ class _Attempt:
 
     async def _outcome(self, others: set[asyncio.Task[None]]) -> tuple[int, str, str]:
         """Exit status, digest and reason. Raises LeaseLost."""
-        building = asyncio.create_task(self._pipeline.run(self._claim.record, self._book, self._confirm))
+        building = asyncio.create_task(self._works.run(self._claim.record, self._book, self._confirm))
         try:
             await asyncio.wait({building, *others}, return_when=asyncio.FIRST_COMPLETED)
             for task in others:
