@@ -22,6 +22,7 @@ from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
 from api.identities import Identities
+from api.inspections import Inspections
 from api.locations import OpenHosts, address_of
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
@@ -93,13 +94,13 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
-    registries = Registries(_registry(settings, endpoints, stack))
+    registries, identities = Registries(_registry(settings, endpoints, stack)), Identities()
     tokens = TokenStore(redis, settings.tokens.retention)
     builds = _builds(settings.build, redis)
     containers = Containers(
         tokens,
         registries,
-        Identities(),
+        identities,
         accounts,
         _open_hosts(endpoints),
         _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, stack),
@@ -109,7 +110,14 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     )
     endpoints_of_builds = Builds(builds, accounts)
     stack.push_async_callback(endpoints_of_builds.close)
-    return create_app(containers, endpoints_of_builds, partial(check, redis))
+    inspections = Inspections(
+        registries,
+        identities,
+        endpoints,
+        public_url=settings.public_url,
+        max_body_bytes=settings.http.max_body_bytes,
+    )
+    return create_app(containers, (endpoints_of_builds, inspections), partial(check, redis))
 
 
 def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:

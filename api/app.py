@@ -1,7 +1,7 @@
 """The REST application: its routes, and how errors become answers."""
 
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api.builds import Builds
 from api.containers import Containers
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
@@ -18,8 +17,18 @@ from api.shield import Shield
 from wave_proxy.errors import BodyTooLarge, Unauthorized, WaveError
 
 
-def create_app(containers: Containers, builds: Builds, check_state: Callable[[], Awaitable[None]]) -> Starlette:
-    """The application. ``check_state`` raises StateUnavailable when Redis does not answer."""
+class Endpoints(Protocol):
+    """Endpoints that belong together."""
+
+    @property
+    def routes(self) -> list[Route]:
+        """Where they are, and what answers there."""
+
+
+def create_app(
+    containers: Containers, others: Iterable[Endpoints], check_state: Callable[[], Awaitable[None]]
+) -> Starlette:
+    """The application: container requests and ``others``. ``check_state`` raises StateUnavailable without Redis."""
     app = Starlette(
         routes=[
             Route("/v1alpha2/container", containers.submit, methods=["POST"]),
@@ -28,7 +37,7 @@ def create_app(containers: Containers, builds: Builds, check_state: Callable[[],
             Route("/container-token", containers.submit_legacy, methods=["POST"]),
             Route("/container-token/{token}", containers.describe_legacy),
             Route("/container-token/{token}", containers.delete, methods=["DELETE"]),
-            *builds.routes,
+            *(route for endpoints in others for route in endpoints.routes),
             Route("/service-info", service_info),
             Route("/health", Health(check_state).show),
             Route("/robots.txt", robots),

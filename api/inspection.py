@@ -51,7 +51,7 @@ async def fetch_image(registry: Registry, reference: Reference, platform: Platfo
     manifest = await _fetch_manifest(registry, reference, platform)
     if manifest.config is None or not manifest.is_image:
         raise RequestInvalid(f"'{reference}' is {manifest.media_type}, which is no container image")
-    return manifest, await _fetch_config(registry, reference, manifest.config)
+    return manifest, await fetch_config(registry, reference, manifest.config)
 
 
 async def fetch_entrypoint(registry: Registry, reference: Reference, platform: Platform) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ async def _fetch_manifest(registry: Registry, reference: Reference, platform: Pl
     raise RequestInvalid(f"'{reference}' has no image for {platform}")
 
 
-async def _fetch_config(registry: Registry, reference: Reference, config: Descriptor) -> dict[str, Any]:
+async def fetch_config(registry: Registry, reference: Reference, config: Descriptor) -> dict[str, Any]:
     if config.size > MAX_MANIFEST_BYTES:
         raise UpstreamError(f"the config of '{reference}' has {config.size} bytes, more than {MAX_MANIFEST_BYTES}")
     content = bytearray()

@@ -6,7 +6,7 @@ a string for a number (``wave.md`` §0.2). Every member that breaks a rule is re
 
 from collections.abc import Callable
 from re import compile as compile_pattern
-from typing import Annotated, Any, Literal, NoReturn, Self, cast
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, cast
 
 import orjson
 from pydantic import (
@@ -187,11 +187,16 @@ ImageName = Annotated[str, _rule(_check_image_name)]
 # --- the request -----------------------------------------------------------------------------------------------------
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """An object on the wire."""
+
     model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True, strict=True)
 
 
-class LayerSpec(_Wire):
+_W = TypeVar("_W", bound=Wire)
+
+
+class LayerSpec(Wire):
     """A layer to add, or a build context."""
 
     location: Annotated[str, AfterValidator(_check_place)]
@@ -211,7 +216,7 @@ class LayerSpec(_Wire):
         return Layer(self.location, self.gzip_digest, self.gzip_size, self.tar_digest)
 
 
-class ConfigSpec(_Wire):
+class ConfigSpec(Wire):
     """Settings and layers to put into the image."""
 
     entrypoint: Arguments = None
@@ -231,7 +236,7 @@ class ConfigSpec(_Wire):
         )
 
 
-class CondaOptions(_Wire):
+class CondaOptions(Wire):
     """How Conda images are built."""
 
     mamba_image: Text = None
@@ -240,7 +245,7 @@ class CondaOptions(_Wire):
     base_image: Text = None
 
 
-class PixiOptions(_Wire):
+class PixiOptions(Wire):
     """How Conda images are built with Pixi."""
 
     pixi_image: Text = None
@@ -249,7 +254,7 @@ class PixiOptions(_Wire):
     base_image: Text = None
 
 
-class CranOptions(_Wire):
+class CranOptions(Wire):
     """How R images are built."""
 
     r_image: Text = None
@@ -257,7 +262,7 @@ class CranOptions(_Wire):
     base_packages: Text = None
 
 
-class PackagesSpec(_Wire):
+class PackagesSpec(Wire):
     """Packages to build an image from."""
 
     type: Literal["CONDA", "CRAN"] | None = None
@@ -269,7 +274,7 @@ class PackagesSpec(_Wire):
     cran_opts: CranOptions | None = None
 
 
-class Compression(_Wire):
+class Compression(Wire):
     """How built layers are compressed."""
 
     mode: Literal["gzip", "estargz", "zstd"] | None = None
@@ -277,13 +282,18 @@ class Compression(_Wire):
     force: bool | None = None
 
 
-class Submission(_Wire):
-    """The body of both POST endpoints. Rules over several members are in ``api.rules``."""
+class Claiming(Wire):
+    """A body that says who asks."""
 
     tower_access_token: Annotated[Text, Field(repr=False)] = None
     tower_refresh_token: Annotated[Text, Field(repr=False)] = None
     tower_endpoint: Text = None
     tower_workspace_id: Annotated[Number | None, _ABSENT] = None
+
+
+class Submission(Claiming):
+    """The body of both POST endpoints. Rules over several members are in ``api.rules``."""
+
     mirror: bool | None = None  # before buildRepository, whose rules depend on it
     container_image: Annotated[ImageName | None, _ABSENT] = None
     container_file: Annotated[
@@ -329,13 +339,18 @@ class Submission(_Wire):
 
 
 def parse_submission(document: dict[str, Any], hosts: OpenHosts) -> Submission:
-    """Read the body of a container request.
+    """Read the body of a container request. Raises RequestInvalid as ``parse_body``."""
+    return parse_body(Submission, document, hosts)
+
+
+def parse_body(kind: type[_W], document: dict[str, Any], hosts: OpenHosts | None = None) -> _W:
+    """Read a body of that kind; ``hosts`` are for those that carry layers.
 
     Raises RequestInvalid whose message names every wrong member by its path, with the value (cut short; never that of
     a secret) and the rule.
     """
     try:
-        return Submission.model_validate(document, context=hosts)
+        return kind.model_validate(document, context=hosts)
     except ValidationError as err:
         found = [_explain(error) for error in err.errors(include_url=False)]
     more = [f"and {len(found) - MAX_REPORTED} more"] if len(found) > MAX_REPORTED else []

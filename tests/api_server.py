@@ -16,6 +16,7 @@ from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
 from api.identities import Identities
+from api.inspections import Inspections
 from api.locations import OpenHosts, address_of
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
@@ -28,7 +29,7 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import check, connect
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
-from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress, endpoint_for
 from wave_proxy.upstream.registry import Registry
 
@@ -36,7 +37,8 @@ AUTHORITY = "wave.example:9090"
 
 
 class ApiServer:
-    """A context manager. ``upstreams`` are addresses that the configuration opens; registries are asked once.
+    """A context manager. ``upstreams`` are addresses that the configuration opens, ``logins`` those of private ones;
+    registries are asked once.
 
     Builds are enabled with a ``build_repository`` for those whose request names none; nobody builds them here.
     """
@@ -46,6 +48,7 @@ class ApiServer:
         redis_url: str,
         *,
         upstreams: Iterable[str] = (),
+        logins: Mapping[str, Login] | None = None,
         accounts: Mapping[str, str] | None = None,
         max_body_bytes: int = 1_000_000,
         lifetime_s: float = 3600.0,
@@ -54,6 +57,7 @@ class ApiServer:
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
+        self._logins = logins or {}
         self._accounts = Accounts(accounts or {})
         self._max_body_bytes = max_body_bytes
         self._lifetime_s = lifetime_s
@@ -78,8 +82,8 @@ class ApiServer:
     def _compose(self, stack: AsyncExitStack) -> Starlette:
         redis = connect(self._redis_url)
         egress = Egress(self._endpoints, response_timeout_s=5.0)
-        registry = Registry(egress, Credentials({}), attempts=1)
-        registries = Registries(registry)
+        registry = Registry(egress, Credentials(self._logins), attempts=1)
+        registries, identities = Registries(registry), Identities()
         for close in (redis.aclose, egress.close, registry.close):
             stack.push_async_callback(close)
         hosts = OpenHosts(
@@ -93,7 +97,7 @@ class ApiServer:
         containers = Containers(
             tokens,
             registries,
-            Identities(),
+            identities,
             self._accounts,
             hosts,
             Orders(builds, planner, quotas, usage, enabled=self._builds),
@@ -103,7 +107,14 @@ class ApiServer:
         )
         endpoints = Builds(builds, self._accounts)
         stack.push_async_callback(endpoints.close)
-        return create_app(containers, endpoints, partial(check, redis))
+        inspections = Inspections(
+            registries,
+            identities,
+            self._endpoints,
+            public_url=f"http://{AUTHORITY}",
+            max_body_bytes=self._max_body_bytes,
+        )
+        return create_app(containers, (endpoints, inspections), partial(check, redis))
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -425,10 +425,11 @@ def has_distribution() -> bool:
 
 
 @contextmanager
-def distribution(tmp: Path, *, htpasswd: str = "") -> Iterator[str]:
+def distribution(tmp: Path, *, htpasswd: str = "", schema1: bool = False) -> Iterator[str]:
     """An empty CNCF distribution registry; gives ``127.0.0.1:port``. Needs has_distribution().
 
-    With ``htpasswd`` (lines ``user:bcrypt hash``) it wants a login for everything.
+    With ``htpasswd`` (lines ``user:bcrypt hash``) it wants a login for everything; with ``schema1`` it
+    takes manifests of that age.
     """
     address = f"127.0.0.1:{free_port()}"
     settings: dict[str, Any] = {
@@ -437,6 +438,8 @@ def distribution(tmp: Path, *, htpasswd: str = "") -> Iterator[str]:
         "storage": {"filesystem": {"rootdirectory": str(tmp / "registry")}, "delete": {"enabled": True}},
         "http": {"addr": address},
     }
+    if schema1:
+        settings["compatibility"] = {"schema1": {"enabled": True}}
     file, log = tmp / "registry.json", tmp / "registry.log"
     if htpasswd:
         (tmp / "htpasswd").write_text(htpasswd)

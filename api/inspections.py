@@ -1,0 +1,131 @@
+"""Inspection: what an image is, as its registry has it (``wave.md`` §9)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from yarl import URL
+
+from api.body import read_object
+from api.identities import Identities, claims_of
+from api.image_answers import (
+    described_config,
+    described_image,
+    described_index,
+    described_manifest,
+    described_schema1,
+)
+from api.inspection import explained, fetch_config
+from api.registries import Registries
+from api.replies import json_reply
+from api.schema import Claiming, Text, parse_body
+from wave_proxy.errors import RequestInvalid, clip
+from wave_proxy.image.oci import CONFIG_TYPES, Manifest, Platform, parse_platforms, read_json_object, read_manifest
+from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.schema1 import SCHEMA1_TYPES, config_of, unsigned_digest
+from wave_proxy.upstream.egress import Endpoint, authority_of, endpoint_for
+from wave_proxy.upstream.registry import FetchedManifest, Registry
+
+_SHOWN_INDEX_CHARS = 2000
+
+
+class InspectSpec(Claiming):
+    """The body of a request for inspection."""
+
+    container_image: Text = None
+
+
+class Inspections:
+    """The endpoint of inspection. Nothing of it counts as a pull.
+
+    ``endpoints`` are those of configured registries, ``public_url`` our own address, scheme included.
+    """
+
+    def __init__(
+        self,
+        registries: Registries,
+        identities: Identities,
+        endpoints: Mapping[str, Endpoint],
+        *,
+        public_url: str,
+        max_body_bytes: int,
+    ) -> None:
+        self._registries = registries
+        self._identities = identities
+        self._endpoints = endpoints
+        self._public_url = public_url
+        self._max_body_bytes = max_body_bytes
+        self.routes = [Route("/v1alpha1/inspect", self.inspect, methods=["POST"])]
+
+    async def inspect(self, request: Request) -> Response:
+        """POST /v1alpha1/inspect[?platform=]"""
+        asked = parse_body(InspectSpec, await read_object(request, self._max_body_bytes))
+        if asked.container_image is None:
+            raise RequestInvalid("Missing 'containerImage' attribute")
+        platform = _platform(request.query_params.get("platform", ""))
+        identity = await self._identities.identify(claims_of(asked), request.headers.get("authorization", ""))
+        image = parse_reference(asked.container_image)
+        shown = host_name(image.registry, self._endpoints, self._public_url)
+        with explained(image):
+            registry = await self._registries.open(identity, image)
+            return json_reply(await _inspect(registry, image, platform, shown))
+
+
+def host_name(registry: str, endpoints: Mapping[str, Endpoint], own: str) -> str:
+    """A registry's own address, scheme included, whatever mirror or way we reach it by; ``own`` is ours."""
+    if registry == authority_of(URL(own)):
+        return own
+    endpoint = endpoints.get(registry)
+    is_its_own = endpoint is not None and authority_of(URL(endpoint.url)) == registry
+    return endpoint.url if endpoint is not None and is_its_own else endpoint_for(registry).url
+
+
+def _platform(text: str) -> Platform | None:
+    if not text:
+        return None
+    platforms = parse_platforms(text)
+    if len(platforms) > 1:
+        raise RequestInvalid(f"Container multi-platform architecture not allowed - offending value: {clip(text)}")
+    return platforms[0]
+
+
+async def _inspect(registry: Registry, image: Reference, platform: Platform | None, shown: str) -> dict[str, Any]:
+    fetched = await registry.fetch_manifest(image.registry, image.repository, image.reference)
+    read = read_manifest(fetched.content, fetched.media_type)
+    if read.is_index and platform is not None:
+        digest = _choose(read, platform, fetched.content)
+        fetched = await registry.fetch_manifest(image.registry, image.repository, digest)
+        read = read_manifest(fetched.content, fetched.media_type)
+    document = read_json_object(fetched.content, "manifest")
+    if read.is_index:
+        return {"index": described_index(document, fetched.media_type, fetched.digest)}
+    if fetched.media_type in SCHEMA1_TYPES:
+        digest, manifest = unsigned_digest(fetched.content), described_schema1(document, fetched.media_type)
+        return {"container": described_image(image, shown, digest, manifest, described_config(config_of(document)))}
+    return {"container": await _describe(registry, image, shown, fetched, read)}
+
+
+async def _describe(
+    registry: Registry, image: Reference, shown: str, fetched: FetchedManifest, read: Manifest
+) -> dict[str, Any]:
+    """A manifest with its config; an artifact's, which may be anything, is left empty."""
+    if read.config is None:
+        raise RequestInvalid(f"'{image}' is {read.media_type}, which is no container image")
+    config: dict[str, Any] = {}
+    if read.config.media_type in CONFIG_TYPES:
+        config = described_config(await fetch_config(registry, image, read.config))
+    manifest = described_manifest(read_json_object(fetched.content, "manifest"), fetched.media_type)
+    return described_image(image, shown, fetched.digest, manifest, config)
+
+
+def _choose(index: Manifest, platform: Platform, content: bytes) -> str:
+    for entry in index.entries:
+        there = entry.platform
+        if there is not None and platform.matches(there.os, there.architecture, there.variant):
+            return entry.descriptor.digest
+    shown = content.decode(errors="replace")
+    if len(shown) > _SHOWN_INDEX_CHARS:
+        shown = f"{shown[:_SHOWN_INDEX_CHARS]}…"
+    raise RequestInvalid(f"Cannot find platform '{platform}' in the manifest: {shown}")
