@@ -15,6 +15,7 @@ from builder.engines.buildah import Buildah
 from builder.engines.buildkit import BuildKit
 from builder.engines.missing import MissingEngine
 from builder.gate import Gate
+from builder.lending import Lending
 from builder.limits import Limits
 from builder.pipeline import Pipeline
 from builder.work import Works
@@ -70,7 +71,8 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     for build_id, attempt in await workspaces.remove_leftovers():
         await store.abandon(build_id, attempt)
     engine = await _engine(settings, egress)
-    works = Works({"build": Pipeline(engine, workspaces, registry, tokens, credentials, settings.authority)})
+    lending = Lending(tokens, settings.authority)
+    works = Works({"build": Pipeline(engine, workspaces, registry, lending, credentials)})
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
     return Worker(store, works, name, slots=settings.build.slots or settings.build.max_running)
 

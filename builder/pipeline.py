@@ -2,49 +2,44 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from time import time
 
 from builder.containerfile import base_images
 from builder.engines import Engine, Job
 from builder.failures import NOT_BUILT, BuildFailed, timed_out
+from builder.lending import Lending
 from builder.logbook import LogBook
 from builder.work import Confirm, until_answered
 from builder.workspace import Workspace, Workspaces
-from wave_proxy.errors import RequestInvalid, StateUnavailable, TooManyRequests, WaveError
+from wave_proxy.errors import RequestInvalid, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import Reference, parse_reference
-from wave_proxy.image.request import ContainerRequest
-from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.layout import Content, platform_of, read_layout
 from wave_proxy.upstream.publish import publish
 from wave_proxy.upstream.registry import Registry
 
-_LEEWAY_S = 60.0  # a token outlives the build a little
 _DIGEST_S = 10.0
 
 
 class Pipeline:
-    """Runs builds. ``authority`` is what the names of wave-proxy's own images begin with."""
+    """Runs builds."""
 
     def __init__(
         self,
         engine: Engine,
         workspaces: Workspaces,
         registry: Registry,
-        tokens: TokenStore,
+        lending: Lending,
         credentials: Credentials,
-        authority: str,
     ) -> None:
         self._engine = engine
         self._workspaces = workspaces
         self._registry = registry
-        self._tokens = tokens
+        self._lending = lending
         self._credentials = credentials
-        self._authority = authority
 
     async def run(self, record: BuildRecord, book: LogBook, confirm: Confirm) -> str:
         """Build and push; returns the manifest's digest. ``confirm`` is awaited before anything is pushed.
@@ -101,37 +96,16 @@ class Pipeline:
     ) -> AsyncIterator[dict[str, str]]:
         """Where a build pulls each repository from: wave-proxy, with a token that ends with the block."""
         locations: dict[str, str] = {}
-        tokens: list[str] = []
-        try:
+        async with AsyncExitStack() as lent:
             for image in images:
                 name = f"{image.registry}/{image.repository}"
                 if name not in locations:
-                    path = await self._path_of(spec, image, tokens)
+                    path = await lent.enter_async_context(self._lending.lend(spec, image))
                     locations[name] = f"{self._engine.registry}/{path}"
                     book.hide(locations[name], name)
                 path = locations[name].partition("/")[2]
                 book.say(f"base image {image}{await self._digest_of(path, image)}")
             yield locations
-        finally:
-            for token in tokens:
-                with suppress(StateUnavailable):  # then it expires
-                    await self._tokens.delete(token)
-
-    async def _path_of(self, spec: BuildSpec, image: Reference, tokens: list[str]) -> str:
-        if image.registry == self._authority and image.repository.startswith("wt/"):
-            return image.repository  # it names a token already
-        now = time()
-        request = ContainerRequest(
-            image=str(image),
-            identity=spec.identity,
-            ip_address=spec.ip_address,
-            uncounted=True,
-            created=now,
-            expires=now + spec.timeout_s + _LEEWAY_S,
-        )
-        token = await until_answered(lambda: self._tokens.put(request))
-        tokens.append(token)
-        return f"wt/{token}/{image.repository}"
 
     async def _digest_of(self, path: str, image: Reference) -> str:
         """``@digest`` as it is now, empty when that is not known: then the engine will say what is wrong."""
@@ -139,7 +113,7 @@ class Pipeline:
             return ""
         try:
             async with asyncio.timeout(_DIGEST_S):
-                return f"@{(await self._registry.head_manifest(self._authority, path, image.reference)).digest}"
+                return f"@{(await self._registry.head_manifest(self._lending.authority, path, image.reference)).digest}"
         except (WaveError, TimeoutError):
             return ""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from builder.engines.buildah import Buildah
 from builder.gate import Gate
+from builder.lending import Lending
 from builder.limits import Limits
 from builder.pipeline import Pipeline
 from builder.worker import Worker
@@ -34,7 +35,7 @@ async def run(told: dict[str, Any]) -> None:
         await workspaces.remove_leftovers()
         limits = Limits(1 << 30, 500, 1 << 30, 1 << 20)
         engine = Buildah(limits, Gate(egress, told["proxy"]), told["proxy"], "wave.test")
-        pipeline = Pipeline(engine, workspaces, registry, tokens, Credentials({}), "wave.test")
+        pipeline = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
         builds = BuildStore(redis, BuildLimits(4), lease_s=told["lease_s"])
         worker = Worker(builds, pipeline, f"builder-{os.getpid()}", slots=4, lease_s=told["lease_s"])
         await worker.run(asyncio.Event(), 0)

@@ -17,6 +17,7 @@ from builder.engines.buildah import Buildah
 from builder.engines.missing import MissingEngine
 from builder.failures import BuildFailed
 from builder.gate import Gate
+from builder.lending import Lending
 from builder.limits import Limits
 from builder.pipeline import Pipeline
 from builder.worker import Worker
@@ -119,7 +120,7 @@ class Scene:
         egress = Egress({self.to.address: endpoint_for(self.to.address, insecure=True, allow_private=True)})
         registry, tokens = Registry(egress, Credentials({})), TokenStore(self.redis)
         workspaces = Workspaces(self.data, registry, tokens, 1 << 30)
-        pipeline = Pipeline(engine, workspaces, registry, tokens, Credentials({}), "wave.test")
+        pipeline = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
         worker = Worker(self.builds, pipeline, name, slots=slots, lease_s=LEASE_S)
         running = asyncio.create_task(worker.run(stop, 10))
         try:
