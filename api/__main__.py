@@ -34,6 +34,7 @@ from wave_proxy.logs import configure
 from wave_proxy.readiness import raise_file_limit, say_ready
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.identities import AccessTokens
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
@@ -94,7 +95,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
-    registries, identities = Registries(_registry(settings, endpoints, stack)), Identities()
+    registries = Registries(_registry(settings, endpoints, stack))
+    identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention)
     builds = _builds(settings.build, redis)
     containers = Containers(

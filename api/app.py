@@ -14,7 +14,7 @@ from api.containers import Containers
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
 from api.shield import Shield
-from wave_proxy.errors import BodyTooLarge, Unauthorized, WaveError
+from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, Unauthorized, WaveError
 
 
 class Endpoints(Protocol):
@@ -55,13 +55,20 @@ def create_app(
 async def _answer_error(_: Request, error: Exception) -> Response:
     failure = cast(WaveError, error)
     if isinstance(failure, Unauthorized):
-        return Response(status_code=401, headers={"WWW-Authenticate": "Basic realm=Wave Authentication"})
+        return Response(status_code=401, headers={"WWW-Authenticate": _challenge(failure)})
     headers = {}
     if failure.retry_after_s is not None:
         headers["Retry-After"] = str(failure.retry_after_s)
     if isinstance(failure, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is on its way, and nobody wants it
     return json_reply({"message": str(failure)}, failure.status, headers)
+
+
+def _challenge(failure: Unauthorized) -> str:
+    """What a 401 asks for; of an access token it also says why that is refused, as the body is empty by contract."""
+    if isinstance(failure, AccessTokenRefused):
+        return f'Bearer realm="Wave Authentication", error="invalid_token", error_description="{failure}"'
+    return "Basic realm=Wave Authentication"
 
 
 async def _answer_framework_error(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from api.build_answers import build_status, described_build
+from api.callers import client_address
 from api.events import end_event, log_events, resume_offset
 from api.replies import json_reply
 from api.tails import Tails
@@ -63,7 +64,7 @@ class Builds:
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /v1alpha1/builds/{build_id}: it ends soon when it runs, and at once when it waits."""
-        self._accounts.check(request.headers.get("authorization", ""))
+        await self._accounts.check(request.headers.get("authorization", ""), client_address(request))
         record = await self._find(request)
         if record is None:
             return Response(status_code=404)

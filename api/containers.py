@@ -16,6 +16,7 @@ from api.answers import (
     submitted,
 )
 from api.body import read_object
+from api.callers import client_address
 from api.identities import Identities, claims_of
 from api.includes import fetch_layers
 from api.inspection import explained
@@ -34,8 +35,6 @@ from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
-
-CLIENT_HEADER = "x-wave-client"  # the client's address, from the proxy, which overwrites what clients send
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
 _CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
@@ -109,7 +108,7 @@ class Containers:
 
     async def delete(self, request: Request) -> Response:
         """DELETE /container-token/{token}"""
-        self._accounts.check(request.headers.get("authorization", ""))
+        await self._accounts.check(request.headers.get("authorization", ""), client_address(request))
         token = request.path_params["token"]
         if not _TOKEN.fullmatch(token) or not await self._tokens.delete(token):
             return _missing(token)
@@ -129,7 +128,7 @@ class Containers:
         check_supported(submission)
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, request.headers.get("authorization", ""))
-        wanted, built = await self._resolve(submission, identity, _client_address(request))
+        wanted, built = await self._resolve(submission, identity, client_address(request))
         token = await self._record(wanted)
         headers = _CONDA_FILE_WARNING if submission.conda_file and not legacy else None
         answer = submitted(token, wanted, self._authority, legacy=legacy, built=built)
@@ -210,10 +209,6 @@ def _with_layers(config: ContainerConfig, layers: tuple[Layer, ...]) -> Containe
 
 def _valid_timestamp(text: str) -> str:
     return text if parse_timestamp(text) else ""
-
-
-def _client_address(request: Request) -> str:
-    return request.headers.get(CLIENT_HEADER) or (request.client.host if request.client else "")
 
 
 def _missing(token: str) -> Response:

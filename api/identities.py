@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wave_proxy.errors import RequestInvalid
 from wave_proxy.image.request import Identity
+from wave_proxy.state.identities import AccessToken, AccessTokens, is_ours
 
 DEFAULT_ENDPOINT = "https://api.cloud.seqera.io"
 
@@ -49,15 +51,54 @@ def claims_of(body: _Claiming, workflow_id: str | None = None) -> Claims:
     )
 
 
+class PlatformUsers(Protocol):
+    """Those who have their access token from a Platform."""
+
+    async def identify(self, claims: Claims, bearer: str) -> Identity:
+        """The user whose ``claims.access_token`` it is, with ``access_token`` and ``endpoint`` set.
+
+        ``bearer`` is the token of the request's header, or empty: Nextflow puts a new one there when it has refreshed
+        the one that the body still holds. Raises Unauthorized, or what a Platform out of reach makes of it.
+        """
+
+
 class Identities:
-    """Checks claims."""
+    """Checks claims: against the operator's own access tokens, or at the Platform that they name, if there is one.
+
+    Without ``anonymous`` everybody has to be known.
+    """
+
+    def __init__(self, tokens: AccessTokens, platform: PlatformUsers | None = None, *, anonymous: bool = True) -> None:
+        self._tokens = tokens
+        self._platform = platform
+        self._anonymous = anonymous
 
     async def identify(self, claims: Claims, authorization: str = "") -> Identity:
-        """The identity of who makes these claims; ``authorization`` is the request's header of that name."""
-        return Identity(
-            workspace_id=claims.workspace_id,
-            access_token=claims.access_token,
-            refresh_token=claims.refresh_token,
-            endpoint=claims.endpoint,
-            workflow_id=claims.workflow_id,
-        )
+        """The identity of who makes these claims; ``authorization`` is the request's header of that name.
+
+        The body's token decides; without one, an access token of ours in the header does, and any other bearer there is
+        none of our business: clients send it with every request. A token of ours goes to no Platform.
+        Raises AccessTokenRefused; RequestInvalid for who has to be known and is not, or for a token of a Platform that
+        is not known here; and what the Platform raises.
+        """
+        bearer = bearer_of(authorization)
+        token = claims.access_token or (bearer if is_ours(bearer) else "")
+        if is_ours(token):
+            return _local(await self._tokens.check(token), claims)
+        if token:
+            if self._platform is None:
+                raise RequestInvalid(f"Missing pairing record for Tower endpoint '{claims.endpoint[:200]}'")
+            return await self._platform.identify(claims, bearer)
+        if not self._anonymous:
+            raise RequestInvalid("Missing user access token")
+        return Identity(workspace_id=claims.workspace_id, endpoint=claims.endpoint)
+
+
+def bearer_of(authorization: str) -> str:
+    """The token of a bearer header; empty when it is none."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _local(token: AccessToken, claims: Claims) -> Identity:
+    return Identity(token.user_id, token.email, claims.workspace_id, endpoint=claims.endpoint)

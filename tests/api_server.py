@@ -25,6 +25,7 @@ from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.identities import AccessTokens
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import check, connect
 from wave_proxy.state.tokens import TokenStore
@@ -54,6 +55,7 @@ class ApiServer:
         lifetime_s: float = 3600.0,
         build_repository: str = "",
         quotas: Mapping[tuple[str, bool], Limit | None] | None = None,
+        anonymous: bool = True,
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
@@ -64,6 +66,7 @@ class ApiServer:
         self._build_repository = build_repository
         self._builds = bool(build_repository)
         self._quotas = quotas or {}
+        self._anonymous = anonymous
         self._server: uvicorn.Server | None = None
         self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
         self._listener = socket()
@@ -83,7 +86,7 @@ class ApiServer:
         redis = connect(self._redis_url)
         egress = Egress(self._endpoints, response_timeout_s=5.0)
         registry = Registry(egress, Credentials(self._logins), attempts=1)
-        registries, identities = Registries(registry), Identities()
+        registries, identities = Registries(registry), Identities(AccessTokens(redis), anonymous=self._anonymous)
         for close in (redis.aclose, egress.close, registry.close):
             stack.push_async_callback(close)
         hosts = OpenHosts(

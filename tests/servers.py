@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from bench.images import Image, digest_of
 from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES
+from wave_proxy.supervisor import runtime_folder
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30.0
@@ -187,6 +188,7 @@ class WaveProxy:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.port = free_port()
+        self._data = data
         tables = (f'[registries."{host}"]\ninsecure = true\nallow_private = true\n' for host in upstreams)
         self._config_file = data.with_name(f"{data.name}.toml")
         quota = "" if re.search(r"^\[quota\]", config, re.MULTILINE) else '[quota]\npull_anonymous = "off"'
@@ -344,6 +346,11 @@ class WaveProxy:
         return pid
 
     # --- speaking to it ----------------------------------------------------------------------------------------------
+
+    @property
+    def redis_url(self) -> str:
+        """The address of the embedded Redis."""
+        return f"unix://{runtime_folder(self._data) / 'redis.sock'}"
 
     def request(
         self,

@@ -15,11 +15,13 @@ import pytest
 from bench.images import Image, Layer, image, index, layer
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
+from tests.identified import issue, issued
 from tests.servers import redis_server
 from wave_proxy.state.redis import connect
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
 ADMIN = {"Authorization": f"Basic {b64encode(b'admin:hunter2').decode()}"}
+ADA = 105243131043720  # the number of ada@example.org
 BASE = image([layer({"base": "1"})], entrypoint=["/entry"])
 TOOLS = layer({"tools": "2"})
 ARM_TOOLS = layer({"tools": "arm"}, compression="zstd")
@@ -139,7 +141,7 @@ async def test_everything_that_was_asked_for_is_recorded(api: ApiServer, base: s
         "containerPlatform": "arm64",
         "fingerprint": "f",
         "timestamp": "2024-04-09T20:31:35+02:00",
-        "towerAccessToken": "secret-access",
+        "towerAccessToken": await issued(redis, "ada@example.org"),
         "towerRefreshToken": "secret-refresh",
         "towerEndpoint": "https://api.tower.nf/x",
         "towerWorkspaceId": "42",
@@ -160,9 +162,9 @@ async def test_everything_that_was_asked_for_is_recorded(api: ApiServer, base: s
     assert (request.fingerprint, request.timestamp) == ("f", "2024-04-09T20:31:35+02:00")
     assert (request.ip_address, request.dry_run) == ("203.0.113.9", True)
     identity = request.identity
-    assert (identity.access_token, identity.refresh_token) == ("secret-access", "secret-refresh")
-    assert identity.endpoint == "https://api.cloud.seqera.io/x"
-    assert (identity.workspace_id, identity.workflow_id) == (42, "wf")
+    assert (identity.email, identity.user_id) == ("ada@example.org", ADA)
+    assert (identity.access_token, identity.refresh_token, identity.workflow_id) == ("", "", "")  # no Platform's user
+    assert (identity.endpoint, identity.workspace_id) == ("https://api.cloud.seqera.io/x", 42)
     config = request.config
     assert (config.entrypoint, config.cmd, config.env) == (("/bin/sh",), ("-c", "id"), ("A=1",))
     assert config.working_dir == "/w"
@@ -332,7 +334,8 @@ def test_an_image_to_include_without_the_platform(api: ApiServer, base: str, reg
 # --- describing ------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_described(api: ApiServer, base: str) -> None:
+def test_a_request_is_described(api: ApiServer, base: str, redis: str) -> None:
+    token = issue(redis, "ada@example.org")
     fusion = {**EXTRA.described(), "location": "https://fusionfs.seqera.io/releases/pkg/2/2/8/fusion-amd64.tar.gz"}
     answer = api.submit(
         containerImage=base,
@@ -340,14 +343,15 @@ def test_a_request_is_described(api: ApiServer, base: str) -> None:
         containerPlatform="x86_64",
         fingerprint="f",
         timestamp="2024-04-09T20:31:35.5+02:00",
-        towerAccessToken="secret-access",
+        towerAccessToken=token,
         towerWorkspaceId=7,
     )
     found = api.request("GET", f"/v1alpha2/container/{answer['requestId']}")
     assert found.status == 200
-    assert b"secret" not in found.body
+    assert token.encode() not in found.body
     assert found.json() == {
         "id": answer["requestId"],
+        "user": {"id": ADA},
         "workspaceId": 7,
         "containerImage": base,
         "containerConfig": {

@@ -91,7 +91,7 @@ def test_it_serves_a_private_socket_and_ends_cleanly(tmp_path: Path, redis_url: 
         pytest.param({"WAVE_PORT": "x"}, "port", id="bad key"),
         pytest.param(
             {"WAVE_REDIS_URL": "unix:///x", "WAVE_ACCOUNTS": '{"admin": "plain-secret"}'},
-            "accounts.admin: expected sha256:",
+            "accounts.admin: expected what",
             id="account without a hash",
         ),
     ],

@@ -206,6 +206,16 @@ class TokenSettings(_Section):
     retention: Duration = Field(7 * 86400.0, description="How long its record can be looked up after that.")
 
 
+class AccessSettings(_Section):
+    """Who may use the service."""
+
+    anonymous: bool = Field(
+        True,
+        description="Whether it takes no access token to ask for containers, and to pull upstream's images by their "
+        "names. With `false`, images are pulled by the names that container requests with an access token bring.",
+    )
+
+
 class LogSettings(_Section):
     """What is logged, on standard error."""
 
@@ -344,13 +354,15 @@ class Settings(BaseModel):
     registries: dict[str, RegistrySettings] = Field(default_factory=dict, description="Upstream registries by host.")
     accounts: dict[str, SecretStr] = Field(
         default_factory=dict,
-        description="Basic authentication for administration: user to `sha256:<hex of the password's SHA-256>`.",
+        description="Basic authentication for administration: user to what `wave-proxy account hash` prints, or to "
+        "`sha256:<hex of the password's SHA-256>`.",
     )
     # Constructed, not validated: a process that gets its settings handed down never builds what validates them (4 MB).
     http: HttpSettings = HttpSettings.model_construct()
     cache: CacheSettings = CacheSettings.model_construct()
     upstream: UpstreamSettings = UpstreamSettings.model_construct()
     tokens: TokenSettings = TokenSettings.model_construct()
+    access: AccessSettings = AccessSettings.model_construct()
     log: LogSettings = LogSettings.model_construct()
     quota: QuotaSettings = QuotaSettings.model_construct()
     build: BuildSettings = BuildSettings.model_construct()

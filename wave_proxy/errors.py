@@ -10,6 +10,7 @@
     │   │   └── UploadOutOfOrder 416  BLOB_UPLOAD_INVALID: not the part that comes next
     │   └── BodyTooLarge         413  SIZE_INVALID
     ├── Unauthorized             401  on the API, and for a push: who pulls is never asked for a password
+    │   └── AccessTokenRefused   401  an access token of ours that is wrong, expired or revoked
     ├── Denied                   403  DENIED: upstream refused our credentials
     │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
     ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
@@ -113,6 +114,10 @@ class Unauthorized(WaveError):
 
     status = 401
     code = "UNAUTHORIZED"
+
+
+class AccessTokenRefused(Unauthorized):
+    """An access token that this server did not issue, or that has ended; the message is in ASCII, for a header."""
 
 
 class Denied(WaveError):

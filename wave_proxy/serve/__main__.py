@@ -65,7 +65,7 @@ def main() -> None:
         settings = receive()
         logs.configure(settings.log.format, settings.log.level, os.environ.get("WAVE_PART", "proxy"))
         uvloop.run(_run(settings))
-    except (ConfigInvalid, StateUnavailable, OSError) as err:
+    except (ConfigInvalid, StateUnavailable, OSError, ValueError) as err:
         sys.exit(f"wave-proxy: {err}")
 
 

@@ -86,7 +86,7 @@ class Puller:
         """The reply to a request for the registry. Raises WaveError."""
         route = parse_route(request.method, request.target)
         if route.kind == "ping":
-            return self._pusher.ping(request)
+            return await self._pusher.ping(request)
         if route.kind in ("upload", "referrers") or request.method not in ("GET", "HEAD"):
             return await self._pusher.answer(request, route)
         target = await self._resolver.resolve(route)

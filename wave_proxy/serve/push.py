@@ -61,12 +61,12 @@ class Pusher:
         self._uploads = uploads
         self._logins = logins
 
-    def ping(self, request: Request) -> Reply:
+    async def ping(self, request: Request) -> Reply:
         """The reply to a request for ``/v2/``. Raises Unauthorized for a wrong login, TooManyRequests.
 
         It is 200 without a login as well, and then names it: a client that reads this sends its login, if it has one.
         """
-        self._logins.check_given(request)
+        await self._logins.check_given(request)
         headers = [API_VERSION, ("Content-Type", "application/json")]
         return Reply(200, [*headers, CHALLENGE] if self._logins.asks else headers, b"{}")
 
@@ -74,7 +74,7 @@ class Pusher:
         """The reply to a request of a local route. Raises WaveError."""
         if route.kind == "referrers":
             return await asyncio.to_thread(self._list_referrers, route)
-        user = self._logins.check(request)
+        user = await self._logins.check(request)
         if route.kind == "upload":
             return await self._upload(request, route)
         reply = await self._change(request, route)

@@ -36,7 +36,7 @@ from wave_proxy.errors import StateUnavailable, TooManyRequests
 from wave_proxy.image.limit import Limit, parse_limit
 from wave_proxy.state.redis import Redis, translated
 
-__all__ = ["Kind", "Limit", "Quotas", "Subject", "parse_limit", "subject_of"]
+__all__ = ["Kind", "Limit", "Quotas", "Subject", "network_of", "parse_limit", "subject_of"]
 
 _log = structlog.get_logger()
 
@@ -175,10 +175,11 @@ class Subject:
 @lru_cache(65536)
 def subject_of(kind: Kind, email: str | None, address: str) -> Subject:
     """Who is counted: the e-mail if there is one, else the address, of which IPv6 counts by /64."""
-    return Subject(kind, email, True) if email else Subject(kind, _network(address), False)
+    return Subject(kind, email, True) if email else Subject(kind, network_of(address), False)
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
+    """What an address counts as: itself, or its /64 when it is IPv6; any other text as it is."""
     try:
         parsed = ip_address(address)
     except ValueError:
