@@ -119,7 +119,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    return create_app(containers, (endpoints_of_builds, inspections), partial(check, redis))
+    return create_app(containers, (endpoints_of_builds, inspections), partial(check, redis), settings.public_url)
 
 
 def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:

@@ -11,6 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.containers import Containers
+from api.endpoints import route_of
+from api.reference import Reference
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
 from api.shield import Shield
@@ -26,27 +28,21 @@ class Endpoints(Protocol):
 
 
 def create_app(
-    containers: Containers, others: Iterable[Endpoints], check_state: Callable[[], Awaitable[None]]
+    containers: Containers, others: Iterable[Endpoints], check_state: Callable[[], Awaitable[None]], public_url: str
 ) -> Starlette:
     """The application: container requests and ``others``. ``check_state`` raises StateUnavailable without Redis."""
+    reference = Reference(public_url)
     app = Starlette(
         routes=[
-            Route("/v1alpha2/container", containers.submit, methods=["POST"]),
-            Route("/v1alpha2/container/{token}", containers.describe),
-            Route("/v1alpha2/container/{token}/status", containers.status),
-            Route("/container-token", containers.submit_legacy, methods=["POST"]),
-            Route("/container-token/{token}", containers.describe_legacy),
-            Route("/container-token/{token}", containers.delete, methods=["DELETE"]),
+            *containers.routes,
             *(route for endpoints in others for route in endpoints.routes),
-            Route("/service-info", service_info),
-            Route("/health", Health(check_state).show),
-            Route("/robots.txt", robots),
-            Route("/favicon.ico", favicon),
-            Route("/", landing),
+            *reference.routes,
+            *map(route_of, (service_info, Health(check_state).show, robots, favicon, landing)),
         ],
         middleware=[Middleware(Shield)],
         exception_handlers={WaveError: _answer_error, HTTPException: _answer_framework_error},
     )
+    reference.complete(app.routes)
     # Clients do not follow redirects, and a POST must not become a GET.
     app.router.redirect_slashes = False
     return app

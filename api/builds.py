@@ -6,13 +6,14 @@ from re import compile as compile_pattern
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import Send
 
 from api.build_answers import build_status, described_build
 from api.callers import client_address
+from api.endpoints import INVALID, LOGIN, STRING, TEXT, UNKNOWN, Answer, Parameter, endpoint, routes_of
 from api.events import end_event, log_events, resume_offset
 from api.replies import json_reply
+from api.shapes import Build, BuildStatus, Message
 from api.tails import Tails
 from wave_proxy.errors import RequestInvalid, clip
 from wave_proxy.image.build import BuildRecord
@@ -21,10 +22,16 @@ from wave_proxy.state.builds import BuildStore
 
 _BUILD_ID = compile_pattern(r"(?:bd-)?([0-9a-f]{16})(?:_([0-9]{1,9}))?")
 _OFFSET = compile_pattern(r"[0-9]{1,15}")
-_TEXT = "text/plain; charset=utf-8"
 _EVENTS = "text/event-stream"
 _LIVE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _BEAT_S = 15.0  # without a byte; what stands between us and a client may close a connection that is quiet for a minute
+
+_GROUP = "Builds"
+_LOG_PARAMETERS = (
+    Parameter("follow", "`1`: all that is still to come as well, until the build ends."),
+    Parameter("offset", "Leave out so many bytes at the beginning.", {"type": "integer", "minimum": 0}),
+    Parameter("Last-Event-ID", "The id of the last event that was received: goes on behind it.", STRING, "header"),
+)
 
 
 class Builds:
@@ -34,36 +41,55 @@ class Builds:
         self._store = store
         self._accounts = accounts
         self._tails = Tails(store, beat_s)
-        self.routes = [
-            Route("/v1alpha1/builds/{build_id}", self.describe),
-            Route("/v1alpha1/builds/{build_id}", self.cancel, methods=["DELETE"]),
-            Route("/v1alpha1/builds/{build_id}/status", self.status),
-            Route("/v1alpha1/builds/{build_id}/logs", self.logs),
-            Route("/v1alpha1/builds/{build_id}/condalock", self.conda_lock),
-        ]
+        self.routes = routes_of(self)
 
     async def close(self) -> None:
         """End what is left of following logs."""
         await self._tails.close()
 
+    @endpoint("GET", "/v1alpha1/builds/{build_id}", _GROUP, {200: Answer("The build.", Build), 404: UNKNOWN})
     async def describe(self, request: Request) -> Response:
-        """GET /v1alpha1/builds/{build_id}"""
+        """A build as it stands."""
         record = await self._find(request)
         return json_reply(described_build(record)) if record else Response(status_code=404)
 
+    @endpoint(
+        "GET",
+        "/v1alpha1/builds/{build_id}/status",
+        _GROUP,
+        {200: Answer("How far it is.", BuildStatus), 404: UNKNOWN},
+    )
     async def status(self, request: Request) -> Response:
-        """GET /v1alpha1/builds/{build_id}/status"""
+        """How far a build is."""
         record = await self._find(request)
         return json_reply(build_status(record)) if record else Response(status_code=404)
 
+    @endpoint(
+        "GET",
+        "/v1alpha1/builds/{build_id}/condalock",
+        _GROUP,
+        {200: Answer("The lock file.", media_types=(TEXT,)), 404: UNKNOWN},
+    )
     async def conda_lock(self, request: Request) -> Response:
-        """GET /v1alpha1/builds/{build_id}/condalock"""
+        """The Conda lock file that a build has made."""
         record = await self._find(request)
         lock = await self._store.read_lock(record.build_id) if record else None
-        return Response(lock, media_type=_TEXT) if lock else Response(status_code=404)
+        return Response(lock, media_type=TEXT) if lock else Response(status_code=404)
 
+    @endpoint(
+        "DELETE",
+        "/v1alpha1/builds/{build_id}",
+        _GROUP,
+        {
+            202: Answer("How far the build is; it will not go on.", BuildStatus),
+            **LOGIN,
+            404: UNKNOWN,
+            409: Answer("The build is done.", Message),
+        },
+        login="account",
+    )
     async def cancel(self, request: Request) -> Response:
-        """DELETE /v1alpha1/builds/{build_id}: it ends soon when it runs, and at once when it waits."""
+        """End a build: soon when it runs, and at once when it waits."""
         await self._accounts.check(request.headers.get("authorization", ""), client_address(request))
         record = await self._find(request)
         if record is None:
@@ -72,10 +98,27 @@ class Builds:
             return json_reply({"message": f"Build '{record.build_id}' is already completed"}, 409)
         return json_reply(build_status(await self._store.find(record.build_id) or record), 202)
 
+    @endpoint(
+        "GET",
+        "/v1alpha1/builds/{build_id}/logs",
+        _GROUP,
+        {
+            200: Answer(
+                "The log as text, or as server-sent events `log` and, at last, `end` with the build's status.",
+                media_types=(TEXT, _EVENTS),
+                headers={"X-Build-Status": "`PENDING` while the build goes on, else `COMPLETED`."},
+            ),
+            204: Answer("To a client whose last event was `end`: there is nothing more."),
+            400: INVALID,
+            404: UNKNOWN,
+        },
+        parameters=_LOG_PARAMETERS,
+    )
     async def logs(self, request: Request) -> Response:
-        """GET /v1alpha1/builds/{build_id}/logs: what there is; with ``follow``, or as events, all that comes as well.
+        """The log of a build, also while it grows.
 
-        ``offset`` (bytes) leaves out the beginning, as does the Last-Event-ID of a client that comes back for events.
+        Without `follow` it is what there is so far. Who accepts `text/event-stream` gets it as server-sent events until
+        the build ends; an event's id is the offset behind it.
         """
         record, as_events = await self._find(request), _EVENTS in request.headers.get("accept", "")
         offset = _offset(request, as_events)
@@ -88,13 +131,13 @@ class Builds:
         if not is_done and request.method == "GET" and (as_events or _is_set(request, "follow")):
             pieces = self._tails.follow(record.build_id, offset)
             if not as_events:
-                return _Stream(_without_beats(pieces), headers, _TEXT)
+                return _Stream(_without_beats(pieces), headers, TEXT)
             return _Stream(self._events(record.build_id, pieces, offset), headers, _EVENTS)
         log = await self._store.read_log(record.build_id)
         if log is None:
             return Response(status_code=404)
         if not as_events:
-            return Response(log[offset:], headers=headers, media_type=_TEXT)
+            return Response(log[offset:], headers=headers, media_type=TEXT)
         pieces = _once(log[offset:])
         return _Stream(self._events(record.build_id, pieces, offset), headers, _EVENTS)
 

@@ -17,6 +17,15 @@ from api.answers import (
 )
 from api.body import read_object
 from api.callers import client_address
+from api.endpoints import (
+    ASKING_UPSTREAM,
+    LOGIN,
+    NOT_HERE,
+    UNKNOWN,
+    Answer,
+    endpoint,
+    routes_of,
+)
 from api.identities import Identities, claims_of
 from api.includes import fetch_layers
 from api.inspection import explained
@@ -27,6 +36,7 @@ from api.registries import Registries
 from api.replies import json_reply
 from api.rules import check_rules, check_supported
 from api.schema import Submission, parse_submission
+from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
 from api.statuses import container_status
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord
@@ -38,6 +48,10 @@ from wave_proxy.state.tokens import TokenRecord, TokenStore
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
 _CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
+
+_GROUP = "Containers"
+_SUBMIT = {**ASKING_UPSTREAM, 501: NOT_HERE}
+_MISSING = Answer("The token is unknown, or its record is not kept any more.", Message)
 
 
 class Containers:
@@ -70,26 +84,78 @@ class Containers:
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
         self._max_body_bytes = max_body_bytes
+        self.routes = routes_of(self)
 
     # --- endpoints -----------------------------------------------------------------------------------------------
 
+    @endpoint(
+        "POST",
+        "/v1alpha2/container",
+        _GROUP,
+        {
+            200: Answer(
+                "The image to pull. It may still have to be built; a pull waits for it.",
+                Submitted,
+                headers={"Warning": "What is deprecated in the request."},
+            ),
+            **_SUBMIT,
+        },
+        body=Submission,
+        login="token",
+    )
     async def submit(self, request: Request) -> Response:
-        """POST /v1alpha2/container"""
+        """Ask for a container.
+
+        It is an existing image (`containerImage`), one that is built from a container file (`containerFile`, base64) or
+        from Conda or R packages (`packages`), with the layers and settings of `containerConfig` added.
+        """
         return await self._submit(request, legacy=False)
 
+    @endpoint(
+        "POST",
+        "/container-token",
+        _GROUP,
+        {200: Answer("The image to pull.", SubmittedLegacy), **_SUBMIT},
+        body=Submission,
+        login="token",
+        deprecated=True,
+    )
     async def submit_legacy(self, request: Request) -> Response:
-        """POST /container-token"""
+        """Ask for a container, in the older form.
+
+        Use `POST /v1alpha2/container`: this one has no `packages`, no `freeze` without a repository, and tells less.
+        """
         return await self._submit(request, legacy=True)
 
+    @endpoint("GET", "/v1alpha2/container/{token}", _GROUP, {200: Answer("The request.", Container), 404: UNKNOWN})
     async def describe(self, request: Request) -> Response:
-        """GET /v1alpha2/container/{token}"""
+        """A container request as it was recorded.
+
+        It can be looked up for some time after its token has ended.
+        """
         record = await self._find(request.path_params["token"])
         if record is None:
             return Response(status_code=404)
         return json_reply(described(record, await self._find_build(record), self._authority))
 
+    @endpoint(
+        "GET",
+        "/v1alpha2/container/{token}/status",
+        _GROUP,
+        {
+            200: Answer("How far it is.", ContainerStatus),
+            404: Answer(
+                "The token is unknown or has ended: no body. Or what is waited for has no record any more.",
+                Message,
+                may_be_empty=True,
+            ),
+        },
+    )
     async def status(self, request: Request) -> Response:
-        """GET /v1alpha2/container/{token}/status: Nextflow asks several times a second for each waiting task."""
+        """How far a container request is.
+
+        To be asked until `status` is `DONE`; this is not limited.
+        """
         record, now = await self._find(request.path_params["token"]), time()
         if record is None or not record.is_valid(now):
             return Response(status_code=404)
@@ -98,16 +164,30 @@ class Containers:
             return json_reply({"message": f"Missing container build record with id: {record.request.build_id}"}, 404)
         return json_reply(container_status(record, build, None, now=now, public_url=self._public_url))
 
+    @endpoint(
+        "GET",
+        "/container-token/{token}",
+        _GROUP,
+        {200: Answer("The request.", ContainerLegacy), 404: _MISSING},
+        deprecated=True,
+    )
     async def describe_legacy(self, request: Request) -> Response:
-        """GET /container-token/{token}"""
+        """A container request as it was recorded, in the older form."""
         token = request.path_params["token"]
         record = await self._find(token)
         if record is None:
             return _missing(token)
         return json_reply(described_legacy(record, await self._find_build(record), self._authority))
 
+    @endpoint(
+        "DELETE",
+        "/container-token/{token}",
+        _GROUP,
+        {200: Answer("The token has ended."), **LOGIN, 404: _MISSING},
+        login="account",
+    )
     async def delete(self, request: Request) -> Response:
-        """DELETE /container-token/{token}"""
+        """End a token, on every machine at once."""
         await self._accounts.check(request.headers.get("authorization", ""), client_address(request))
         token = request.path_params["token"]
         if not _TOKEN.fullmatch(token) or not await self._tokens.delete(token):

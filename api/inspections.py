@@ -5,10 +5,10 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from yarl import URL
 
 from api.body import read_object
+from api.endpoints import ASKING_UPSTREAM, Answer, Parameter, endpoint, routes_of
 from api.identities import Identities, claims_of
 from api.image_answers import (
     described_config,
@@ -21,6 +21,7 @@ from api.inspection import explained, fetch_config
 from api.registries import Registries
 from api.replies import json_reply
 from api.schema import Claiming, Text, parse_body
+from api.shapes import Inspected
 from wave_proxy.errors import RequestInvalid, clip
 from wave_proxy.image.oci import CONFIG_TYPES, Manifest, Platform, parse_platforms, read_json_object, read_manifest
 from wave_proxy.image.reference import Reference, parse_reference
@@ -57,10 +58,22 @@ class Inspections:
         self._endpoints = endpoints
         self._public_url = public_url
         self._max_body_bytes = max_body_bytes
-        self.routes = [Route("/v1alpha1/inspect", self.inspect, methods=["POST"])]
+        self.routes = routes_of(self)
 
+    @endpoint(
+        "POST",
+        "/v1alpha1/inspect",
+        "Images",
+        {200: Answer("The image or the index.", Inspected), **ASKING_UPSTREAM},
+        parameters=(Parameter("platform", "Of an index: the image for this platform, such as `linux/arm64`."),),
+        body=InspectSpec,
+        login="token",
+    )
     async def inspect(self, request: Request) -> Response:
-        """POST /v1alpha1/inspect[?platform=]"""
+        """What an image is, as its registry has it.
+
+        This is no pull, and has no limit. Without `platform` an index is answered as such.
+        """
         asked = parse_body(InspectSpec, await read_object(request, self._max_body_bytes))
         if asked.container_image is None:
             raise RequestInvalid("Missing 'containerImage' attribute")

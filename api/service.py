@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from api.endpoints import TEXT, Answer, endpoint
 from api.replies import json_reply
+from api.shapes import HealthShape, ServiceInfo
 from wave_proxy import __version__
 from wave_proxy.errors import StateUnavailable
 
@@ -16,36 +18,48 @@ API_VERSION = "1.37.0"
 # A transparent pixel: browsers ask for an icon, and this ends it.
 _ICON = b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
+_GROUP = "Service"
 
+
+@endpoint("GET", "/service-info", _GROUP, {200: Answer("Its versions.", ServiceInfo)})
 async def service_info(_: Request) -> Response:
-    """GET /service-info"""
+    """What this server is."""
     info = {"version": API_VERSION, "commitId": f"v{__version__}", "waveProxyVersion": __version__}
     return json_reply({"serviceInfo": info})
 
 
+@endpoint("GET", "/robots.txt", _GROUP, {200: Answer("Nothing is for crawlers.", media_types=(TEXT,))})
 async def robots(_: Request) -> Response:
-    """GET /robots.txt"""
+    """What crawlers may read."""
     return PlainTextResponse("User-agent: *\nDisallow: /\n")
 
 
+@endpoint("GET", "/favicon.ico", _GROUP, {200: Answer("A transparent pixel.", media_types=("image/gif",))})
 async def favicon(_: Request) -> Response:
-    """GET /favicon.ico"""
+    """An icon for browsers."""
     return Response(_ICON, media_type="image/gif")
 
 
+@endpoint("GET", "/", _GROUP, {400: Answer("There is no page to go to.")})
 async def landing(_: Request) -> Response:
-    """GET /: there is no page to go to. Source: ``wave.md`` §1.12."""
+    """The address without a path."""
     return Response(status_code=400)
 
 
 class Health:
-    """GET /health: 200 while the state store answers, else 503."""
+    """Whether the state store answers."""
 
     def __init__(self, check: Callable[[], Awaitable[None]]) -> None:
         self._check = check
 
+    @endpoint(
+        "GET",
+        "/health",
+        _GROUP,
+        {200: Answer("It works.", HealthShape), 503: Answer("The state store does not answer.", HealthShape)},
+    )
     async def show(self, _: Request) -> Response:
-        """The endpoint."""
+        """Whether the service works, for load balancers."""
         try:
             await self._check()
         except StateUnavailable as err:

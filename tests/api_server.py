@@ -21,6 +21,7 @@ from api.locations import OpenHosts, address_of
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
+from tests.documented import check_answer
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
 from wave_proxy.state.accounts import Accounts
@@ -68,6 +69,7 @@ class ApiServer:
         self._quotas = quotas or {}
         self._anonymous = anonymous
         self._server: uvicorn.Server | None = None
+        self.app: Starlette = None  # type: ignore[assignment]  # set before it answers
         self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
         self._listener = socket()
         self._listener.bind(("127.0.0.1", 0))
@@ -76,9 +78,8 @@ class ApiServer:
 
     async def _serve(self) -> None:
         async with AsyncExitStack() as stack:
-            config = uvicorn.Config(
-                self._compose(stack), lifespan="off", log_config=None, access_log=False, proxy_headers=False
-            )
+            self.app = self._compose(stack)
+            config = uvicorn.Config(self.app, lifespan="off", log_config=None, access_log=False, proxy_headers=False)
             self._server = uvicorn.Server(config)
             await self._server.serve([self._listener])
 
@@ -117,7 +118,7 @@ class ApiServer:
             public_url=f"http://{AUTHORITY}",
             max_body_bytes=self._max_body_bytes,
         )
-        return create_app(containers, (endpoints, inspections), partial(check, redis))
+        return create_app(containers, (endpoints, inspections), partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -132,8 +133,10 @@ class ApiServer:
         assert not self._thread.is_alive(), "the api's thread does not end"
 
     def request(self, method: str, path: str, **arguments: Any) -> Response:
-        """One request; ``body`` and ``headers`` as for http_request."""
-        return http_request(self.address, method, path, **arguments)
+        """One request; ``body`` and ``headers`` as for http_request. The endpoint must say it has that answer."""
+        answer = http_request(self.address, method, path, **arguments)
+        check_answer(self.app, method, path, answer)
+        return answer
 
     def post(self, path: str = "/v1alpha2/container", **attributes: Any) -> Response:
         """A container request."""
