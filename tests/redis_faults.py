@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from tempfile import TemporaryDirectory
+
+from hiredis import ProtocolError, Reader
 
 from tests.servers import redis_program
 from wave_proxy.state.redis import connect, wait_until_up
@@ -63,9 +65,9 @@ class Lossy:
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         redis_reader, redis_writer = await asyncio.open_unix_connection(self._target)
         try:
-            while request := await reader.read(65536):
+            while request := await _read_messages(reader):
                 redis_writer.write(request)
-                answer = await redis_reader.read(65536)
+                answer = await _read_messages(redis_reader, _count(request))
                 if b"EVALSHA" in request and not answer.startswith(b"-NOSCRIPT"):
                     self._scripts.append(request)
                     if len(self._scripts) % 2:
@@ -81,6 +83,27 @@ class Lossy:
         reader, writer = await asyncio.open_unix_connection(self._target)
         for request in self._scripts:
             writer.write(request)
-            assert (await reader.read(65536)).startswith((b"*", b":"))
+            assert (await _read_messages(reader)).startswith((b"*", b":"))
         writer.close()
         await writer.wait_closed()
+
+
+async def _read_messages(reader: asyncio.StreamReader, wanted: int = 1) -> bytes:
+    """The next messages, at least so many and whole ones; empty at the end. Redis writes a long answer in parts."""
+    content = b""
+    while chunk := await reader.read(65536):
+        content += chunk
+        if _count(content) >= wanted:
+            break
+    return content
+
+
+def _count(content: bytes) -> int:
+    """How many messages these are; 0 when the last of them is not whole."""
+    parser = Reader()
+    parser.feed(content + b"+end\r\n")
+    found = []
+    with suppress(ProtocolError):
+        while (message := parser.gets()) is not False:
+            found.append(message)
+    return len(found) - 1 if found and found[-1] == b"end" else 0
