@@ -25,16 +25,19 @@ from api.identities import Identities
 from api.inspections import Inspections
 from api.locations import OpenHosts, address_of
 from api.orders import Orders
+from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
-from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
+from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.logs import configure
 from wave_proxy.readiness import raise_file_limit, say_ready
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.channel import Channel
 from wave_proxy.state.identities import AccessTokens
+from wave_proxy.state.pairing import Pairings
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
@@ -45,6 +48,7 @@ from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_ow
 
 # Connections from the proxy are reused; it should be the one to close them.
 _KEEP_ALIVE_S = 300
+_MAX_MESSAGE_BYTES = 4 << 20  # of a Platform
 
 
 def main() -> None:
@@ -73,7 +77,8 @@ async def _serve(settings: Settings, path: Path) -> None:
         config = uvicorn.Config(
             await _compose(settings, stack),
             http="httptools",
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=_MAX_MESSAGE_BYTES,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -119,7 +124,9 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    return create_app(containers, (endpoints_of_builds, inspections), partial(check, redis), settings.public_url)
+    pairing = _pairing(settings.platform, redis, stack)
+    groups = (endpoints_of_builds, inspections, pairing)
+    return create_app(containers, groups, partial(check, redis), settings.public_url)
 
 
 def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:
@@ -175,6 +182,14 @@ def _orders(settings: Settings, redis: Redis, planner: Planner, builds: BuildSto
     for coroutine in (quotas.run(), usage.run(), usage.follow_days()):
         stack.push_async_callback(cancel, asyncio.create_task(coroutine))
     return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
+
+
+def _pairing(settings: PlatformSettings, redis: Redis, stack: AsyncExitStack) -> PairingEndpoint:
+    rules = PairingRules(settings.endpoints, settings.pairing_token.get_secret_value(), enabled=settings.enabled)
+    channel = Channel(redis)
+    if settings.enabled:
+        stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
+    return PairingEndpoint(rules, Pairings(redis), channel)
 
 
 def _open_hosts(endpoints: dict[str, Endpoint]) -> OpenHosts:

@@ -1,6 +1,6 @@
 """The REST application: its routes, and how errors become answers."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, cast
 
 from starlette.applications import Starlette
@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from api.containers import Containers
 from api.endpoints import route_of
@@ -23,7 +23,7 @@ class Endpoints(Protocol):
     """Endpoints that belong together."""
 
     @property
-    def routes(self) -> list[Route]:
+    def routes(self) -> Sequence[BaseRoute]:
         """Where they are, and what answers there."""
 
 

@@ -29,6 +29,7 @@ from wave_proxy.serve.push import Pusher
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.stats import RequestStats
+from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.quota import Quotas
@@ -99,7 +100,7 @@ async def port(
         stack.callback(uploads.close)
         pusher = Pusher(one.local, uploads, Logins(Accounts({}), anonymous=True))
         puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
-        forwarder = Forwarder(unix_session(str(root / "no-api.sock")))
+        forwarder = Forwarder(unix_session(str(root / "no-api.sock")), Tunnels(str(root / "no-api.sock")))
         stack.push_async_callback(forwarder.close)
         background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]
         server = Server(App(puller, forwarder, stats, "none"), Limits(), ClientAddress(trusted), ready)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.test_http import Place, read_answer, serving
 from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import unix_session
 
 STREAMED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -47,7 +48,7 @@ async def forwarding(folder: Path) -> AsyncIterator[tuple[Place, Api]]:
         serving(lambda request: forwarder.answer(request), **limits) as place,
         await asyncio.start_unix_server(api.converse, path),
     ):
-        forwarder = Forwarder(unix_session(path))
+        forwarder = Forwarder(unix_session(path), Tunnels(path))
         try:
             yield place, api
         finally:

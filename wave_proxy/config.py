@@ -28,6 +28,7 @@ from pydantic_core import to_json
 
 from wave_proxy.errors import clip
 from wave_proxy.image.limit import UNITS_S, parse_limit
+from wave_proxy.image.platform import is_endpoint
 from wave_proxy.image.reference import is_registry
 
 _UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -328,6 +329,59 @@ class LocalSettings(_Section):
     max_blob_bytes: OptionalSize = Field(None, description="Limit on one pushed blob. Unset: none.")
 
 
+class PlatformSettings(_Section):
+    """Seqera Platforms: where users come from, and their logins for registries. See [platform.md](platform.md).
+
+    A Platform opens a WebSocket to this server (pairing) and is asked over it from then on.
+    """
+
+    enabled: bool = Field(False, description="Whether Platforms can pair with this server.")
+    endpoints: tuple[str, ...] = Field(
+        (),
+        description='Addresses of the Platforms\' APIs, as clients name them: `["https://platform.example.org/api"]`. '
+        "`*` stands for any text without a slash.",
+    )
+    pairing_token: SecretStr = Field(
+        SecretStr(""),
+        description="What a Platform has to name to pair: its licence, or the text that was agreed on.",
+    )
+    open_pairing: bool = Field(
+        False,
+        description="Pair without a token. Who reaches the port can then pair as one of these Platforms, and is "
+        "sent the access tokens of its users: for networks that trust everybody.",
+    )
+    direct: bool = Field(
+        False, description="Ask Platforms with requests of our own instead, once they have paired for the keys."
+    )
+    allow_private: bool = Field(
+        False, description="With `direct`: whether Platforms may be at loopback or private addresses."
+    )
+    patience: Duration = Field(
+        15.0, description="So long a Platform that does not answer is asked again, before the request fails."
+    )
+
+    @field_validator("endpoints")
+    @classmethod
+    def _are_endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for endpoint in value:
+            if not is_endpoint(endpoint) or endpoint.rstrip("*/").endswith(":"):
+                raise ValueError(f"{clip(endpoint)} is not an address that begins with http:// or https:// and a host")
+        return tuple(endpoint.rstrip("/") for endpoint in value)
+
+    @model_validator(mode="after")
+    def _says_who_may_pair(self) -> Self:
+        if self.enabled and not self.endpoints:
+            raise ValueError(
+                "enabled needs endpoints: the Platforms that may pair, such as https://api.cloud.seqera.io"
+            )
+        if self.enabled and not self.open_pairing and not self.pairing_token.get_secret_value():
+            raise ValueError(
+                "enabled needs pairing_token: without one anybody who reaches the port can pair as such a Platform, "
+                "and is sent its users' tokens; open_pairing = true accepts that"
+            )
+        return self
+
+
 class Settings(BaseModel):
     """All settings."""
 
@@ -367,6 +421,7 @@ class Settings(BaseModel):
     quota: QuotaSettings = QuotaSettings.model_construct()
     build: BuildSettings = BuildSettings.model_construct()
     local: LocalSettings = LocalSettings.model_construct()
+    platform: PlatformSettings = PlatformSettings.model_construct()
 
     @field_validator("server_url")
     @classmethod
@@ -492,7 +547,7 @@ def receive() -> Settings:
     return load(Path(config_file) if config_file else None, {})
 
 
-_SECRET_KEYS = ("password", "redis_url", "accounts", "secret")
+_SECRET_KEYS = ("password", "redis_url", "accounts", "secret", "token")
 
 
 def _explain(error: Any) -> str:

@@ -46,6 +46,7 @@ from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.stats import RequestStats
 from wave_proxy.serve.tls import server_context
+from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.quota import Quotas
@@ -122,7 +123,8 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     resolver = Resolver(tokens, ready, settings.authority)
     stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens)
-    forwarder = Forwarder(unix_session(os.environ["WAVE_API_SOCKET"]))
+    api = os.environ["WAVE_API_SOCKET"]
+    forwarder = Forwarder(unix_session(api), Tunnels(api))
     stack.push_async_callback(forwarder.close)
     for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
         stack.push_async_callback(cancel, background.create_task(coroutine))

@@ -98,6 +98,8 @@ class App:
 def redact(target: str) -> str:
     """A request's path for the log: decoded, and without what it may hold of a token beyond its first four digits."""
     parts = unquote(target.partition("?")[0], errors="replace").split("/")
+    if "pairing" in parts[:2]:
+        parts = parts[:3]  # what follows is a licence
     shown = "/".join(f"{part[:4]}…" if _may_be_token(part) else part for part in parts)[:300]
     return "".join(char if char.isprintable() else "?" for char in shown)
 

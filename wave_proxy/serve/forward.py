@@ -7,6 +7,7 @@ import aiohttp
 
 from wave_proxy.errors import UpstreamUnavailable
 from wave_proxy.serve.messages import Reply, Request
+from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import Session
 
 # RFC 9110 §7.6.1: these are between two neighbours, and we are one.
@@ -25,8 +26,9 @@ _UNANSWERED = 256  # at once, of one worker: more connections at the same time t
 class Forwarder:
     """Hands requests on, with the client's address in ``X-Wave-Client``, which no client can set itself."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, tunnels: Tunnels) -> None:
         self._session = session
+        self._tunnels = tunnels
         self._large = asyncio.Semaphore(_LARGE_BODIES)
         # Answers that are under way do not count: a log is followed for as long as its build runs.
         self._unanswered = asyncio.Semaphore(_UNANSWERED)
@@ -39,6 +41,8 @@ class Forwarder:
             if (name := key.decode("latin-1")) not in _HOP_BY_HOP and name != _CLIENT_HEADER
         ]
         headers.append((_CLIENT_HEADER, request.client))
+        if request.rest is not None and self._tunnels.lead_to(request.target):
+            return await self._tunnels.open(request, request.rest, headers)
         if request.body.error is not None:
             raise request.body.error
         # A small body is awaited before a connection to the api is taken, and of large ones only some are let in: who

@@ -28,9 +28,11 @@ SMALL_BYTES = 1 << 15  # bodies up to this go out in one write with their head
 _SWEEP_S = 1.0  # so much later than its time a connection may be closed
 PARSE_BYTES = 1 << 14  # at once; some hundred requests fit in, and take twenty times as much memory when they wait
 MAX_WAITING = 16  # parsed requests that wait behind the one being answered
+TUNNEL_IDLE_S = 300.0  # a client that has gone on with something else than HTTP sends at least its heartbeats
 LINGER_S = 5.0  # a client that is still sending when it was answered may do so for this long, unread
 
 _BODILESS = frozenset({204, 304})
+_NO_LIMIT = 1 << 62
 
 
 Handler = Callable[[Request], Awaitable[Reply]]
@@ -132,6 +134,7 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
         self._body: Body | None = None
+        self._rest: Body | None = None  # of a client that no longer speaks HTTP, what it sends
         self._framing = b""
         self._reframing = False
         self._unparsed = b""  # what had arrived when reading was paused
@@ -201,8 +204,8 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def close_if_idle(self) -> None:
-        """Close now when no answer is due; else the connection closes after the one that is."""
-        if self.task is None:
+        """Close now when no answer is due, or one without an end; else it closes after the answer that is."""
+        if self.task is None or self._rest is not None:
             self._transport.close()
 
     def _set_deadline(self, seconds: float) -> None:
@@ -251,6 +254,9 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _parse(self, data: bytes) -> None:
+        if self._rest is not None:
+            self._rest.feed(data)
+            return
         if not self._head_bytes and self.task is None:
             self._set_deadline(self._limits.header_timeout_s)
         self._begun, self._answered = 0, None
@@ -281,8 +287,8 @@ class Connection(asyncio.Protocol):
             return
 
     def _ignore_upgrade(self) -> None:
-        # We speak nothing else: it is an ordinary request (RFC 9110 §7.8). The parser has skipped its body, so that a
-        # fresh one reads that, behind a head which only says how it is framed.
+        # To the parser it is an ordinary request (RFC 9110 §7.8): who answers it may do so with 101. The parser has
+        # skipped its body, so that a fresh one reads that, behind a head which only says how it is framed.
         self._parser = httptools.HttpRequestParser(self)
         if self._body is not None:
             self._reframing = True
@@ -337,6 +343,8 @@ class Connection(asyncio.Protocol):
                 self._framing = b"%b: %b" % (key, value)
             if key == b"content-length" and int(value) > most:
                 self._body.fail(BodyTooLarge(f"the request's body is over the limit of {most} bytes"))
+        if not self._framing and self._wants_websocket():
+            request.rest = Body(self, _NO_LIMIT, TUNNEL_IDLE_S, False)
         self._headers = []  # trailers, which nobody asked for, are none of the request's headers
         if self._ready is not None and not self._framing and not request.malformed and self._may_answer_now():
             self._answered = self._ready.answer(request)
@@ -344,6 +352,11 @@ class Connection(asyncio.Protocol):
                 self._write_ready(self._answered)
                 return
         self._enqueue(request)
+
+    def _wants_websocket(self) -> bool:
+        return self._parser.should_upgrade() and any(
+            key == b"upgrade" and value.lower() == b"websocket" for key, value in self._headers
+        )
 
     def on_body(self, chunk: bytes) -> None:
         if self._body is not None:
@@ -411,6 +424,9 @@ class Connection(asyncio.Protocol):
                 await reply.body.aclose()
 
     async def _send(self, request: Request, reply: Reply) -> bool:
+        if reply.status == 101 and request.rest is not None:
+            await self._switch(request.rest, reply)
+            return False
         bodiless = reply.status in _BODILESS
         length = None if bodiless else reply.content_length()
         self._endless = endless = length is None and not bodiless
@@ -428,6 +444,15 @@ class Connection(asyncio.Protocol):
         elif self._drained is not None:
             await self._drain()
         return not close
+
+    async def _switch(self, rest: Body, reply: Reply) -> None:
+        """Let the client go on with something else: both sides are streams from here on, until one of them ends."""
+        if self._head_bytes or self._waiting or self._lingering:
+            raise ConnectionAbortedError("the client went on before it was allowed to")
+        self._rest, self._endless = rest, True
+        head = format_head(reply, None, chunked=False, close=False, http_1_0=False)
+        await self._send_body(head, reply.body, chunked=False)
+        self._transport.close()
 
     def _end(self, *, linger: bool) -> None:
         # Closing while the client still sends would make the kernel reset the connection, and the answer with it.

@@ -174,7 +174,11 @@ class Body:
 
 @dataclass(slots=True)
 class Request:
-    """A request as it was sent. Header names are lower case; ``client`` is the address of who sent it."""
+    """A request as it was sent. Header names are lower case; ``client`` is the address of who sent it.
+
+    ``rest`` is there when the client wants to go on with WebSocket frames: what it sends once a reply with status 101
+    has let it.
+    """
 
     method: str
     target: str
@@ -184,6 +188,7 @@ class Request:
     keep_alive: bool
     http_1_0: bool
     malformed: str = ""
+    rest: Body | None = None
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, its lines joined by commas; None when it is absent."""

@@ -198,6 +198,11 @@ def unix_session(path: str) -> Session:
     )
 
 
+async def unix_connection(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare connection to a server on a Unix socket; the caller closes it. Raises OSError."""
+    return await asyncio.open_unix_connection(path)
+
+
 @dataclass(frozen=True, slots=True)
 class _Policy:
     """What a connection may do. Each has a session of its own: a pooled connection never crosses over."""
