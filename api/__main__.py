@@ -24,6 +24,7 @@ from api.containers import Containers
 from api.identities import Identities
 from api.inspections import Inspections
 from api.locations import OpenHosts, address_of
+from api.metrics import UsageMetrics
 from api.orders import Orders
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
@@ -103,14 +104,14 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     registries = Registries(_registry(settings, endpoints, stack))
     identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention)
-    builds = _builds(settings.build, redis)
+    builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     containers = Containers(
         tokens,
         registries,
         identities,
         accounts,
         _open_hosts(endpoints),
-        _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, stack),
+        _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, usage, stack),
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
@@ -125,7 +126,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         max_body_bytes=settings.http.max_body_bytes,
     )
     pairing = _pairing(settings.platform, redis, stack)
-    groups = (endpoints_of_builds, inspections, pairing)
+    groups = (endpoints_of_builds, inspections, UsageMetrics(usage, accounts), pairing)
     return create_app(containers, groups, partial(check, redis), settings.public_url)
 
 
@@ -165,7 +166,17 @@ def _defaults(settings: Settings) -> BuildDefaults:
     )
 
 
-def _orders(settings: Settings, redis: Redis, planner: Planner, builds: BuildStore, stack: AsyncExitStack) -> Orders:
+def _usage(redis: Redis, stack: AsyncExitStack) -> Usage:
+    usage = Usage(redis)
+    stack.push_async_callback(usage.close)
+    for coroutine in (usage.run(), usage.follow_days()):
+        stack.push_async_callback(cancel, asyncio.create_task(coroutine))
+    return usage
+
+
+def _orders(
+    settings: Settings, redis: Redis, planner: Planner, builds: BuildStore, usage: Usage, stack: AsyncExitStack
+) -> Orders:
     quotas = Quotas(
         redis,
         {
@@ -176,11 +187,8 @@ def _orders(settings: Settings, redis: Redis, planner: Planner, builds: BuildSto
         max_waiting=settings.quota.max_waiting,
         open_when_down=settings.quota.when_redis_is_down == "open",
     )
-    usage = Usage(redis)
-    stack.push_async_callback(usage.close)
     stack.push_async_callback(quotas.close)
-    for coroutine in (quotas.run(), usage.run(), usage.follow_days()):
-        stack.push_async_callback(cancel, asyncio.create_task(coroutine))
+    stack.push_async_callback(cancel, asyncio.create_task(quotas.run()))
     return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
 
 

@@ -68,5 +68,5 @@ class Orders:
         kept = await self._planner.keep(spec)
         record, is_new = await self._builds.submit(kept, admit, gone=gone)
         if is_new:
-            self._usage.count_build(spec.identity.email)
+            self._usage.count_job("builds", spec.identity.email, spec.platform)
         return record, is_new

@@ -397,6 +397,35 @@ class Inspected(TypedDict):
     index: NotRequired[ImageIndex]
 
 
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+@_answer
+class Usage(TypedDict):
+    """How often something was done."""
+
+    metric: NotRequired[Literal["builds", "pulls", "fusion", "mirrors", "scans"]]
+    """What is counted; missing with both `date` and `org`."""
+    count: int
+    """All of it. What was done without a user is in here with `date`, and not without."""
+    orgs: NotRequired[dict[str, int]]
+    """By organisation."""
+
+
+@_answer
+class UsageByArchitecture(TypedDict):
+    """How often something was done, of everything or for one architecture."""
+
+    metric: Literal["builds", "pulls", "fusion", "mirrors", "scans"]
+    """What is counted."""
+    count: int
+    """All of it. What was done without a user is in here with `date` or `arch`, and not without."""
+    orgs: NotRequired[dict[str, int]]
+    """By organisation."""
+    arch: NotRequired[Literal["amd64", "arm64", "arm"]]
+    """The architecture that was asked for."""
+
+
 # --- the service -----------------------------------------------------------------------------------------------------
 
 

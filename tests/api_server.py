@@ -18,6 +18,7 @@ from api.containers import Containers
 from api.identities import Identities
 from api.inspections import Inspections
 from api.locations import OpenHosts, address_of
+from api.metrics import UsageMetrics
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
@@ -118,7 +119,8 @@ class ApiServer:
             public_url=f"http://{AUTHORITY}",
             max_body_bytes=self._max_body_bytes,
         )
-        return create_app(containers, (endpoints, inspections), partial(check, redis), f"http://{AUTHORITY}")
+        others = (endpoints, inspections, UsageMetrics(usage, self._accounts))
+        return create_app(containers, others, partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:
         self._thread.start()

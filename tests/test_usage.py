@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from tests.redis_faults import Lossy, durable_redis
 from wave_proxy.state import usage as usage_module
 from wave_proxy.state.redis import cancel, connect
-from wave_proxy.state.usage import Counts, Usage, organisation_of
+from wave_proxy.state.usage import Counts, Usage, architecture_of, organisation_of
 
 MIDNIGHT = datetime(2026, 3, 1, tzinfo=UTC).timestamp()
 OLD_DAY, NEW_DAY = "2026-02-28", "2026-03-01"
@@ -88,6 +88,24 @@ def test_an_organisation_is_the_domain(email: str | None, organisation: str) -> 
     assert organisation_of(email) == organisation
 
 
+@pytest.mark.parametrize(
+    ("platform", "architecture"),
+    [
+        ("linux/amd64", "amd64"),
+        ("x86_64", "amd64"),
+        ("linux/x86-64", "amd64"),
+        ("linux/arm64/v8", "arm64"),
+        ("linux/aarch64", "arm64"),
+        ("linux/arm/v7", "arm"),
+        ("linux/riscv64", ""),
+        ("linux", ""),
+        ("", ""),
+    ],
+)
+def test_an_architecture_is_known_by_all_its_names(platform: str, architecture: str) -> None:
+    assert architecture_of(platform) == architecture
+
+
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
@@ -111,14 +129,47 @@ async def test_pulls_are_counted_by_day_and_organisation(redis_url: str) -> None
 
 async def test_builds_are_counted_apart_from_pulls(redis_url: str) -> None:
     async with counting(redis_url) as usage:
-        usage.count_build("a@org1.com")
-        usage.count_build(None)
+        usage.count_job("builds", "a@org1.com")
+        usage.count_job("builds", None)
         usage.count("b@org2.com", fusion=False)
     async with counting(redis_url) as usage:
         builds = await usage.read("builds")
         today = await usage.read("builds", datetime.now(UTC).date().isoformat())
     assert (builds.count, builds.organisations) == (1, {"org1.com": 1})
     assert (today.count, today.organisations) == (2, {"org1.com": 1})
+
+
+async def test_each_architecture_is_counted_apart_as_well(redis_url: str) -> None:
+    async with counting(redis_url, lambda: MIDNIGHT) as usage:
+        for architecture in ("amd64", "x86_64", "arm64", "", "riscv64"):
+            usage.count("a@org1.com", fusion=False, architecture=architecture)
+        usage.count(None, fusion=False, architecture="amd64")
+        usage.cell("b@org2.com", fusion=True, architecture="aarch64").pulls += 10
+        usage.count_job("builds", "a@org1.com", "linux/amd64,linux/arm64")
+        usage.count_job("builds", "a@org1.com", "linux/arm64")
+    async with connect(redis_url) as redis:
+        read = Usage(redis).read
+        assert await read("pulls") == Counts(15, {"org1.com": 5, "org2.com": 10})
+        assert await read("pulls", NEW_DAY) == Counts(16, {"org1.com": 5, "org2.com": 10})
+        assert await read("pulls", architecture="amd64") == Counts(3, {"org1.com": 2})
+        assert await read("pulls", NEW_DAY, architecture="amd64") == Counts(3, {"org1.com": 2})
+        assert await read("pulls", NEW_DAY, "org2.com", "arm64") == Counts(10, {"org2.com": 10})
+        assert await read("fusion", architecture="arm64") == Counts(10, {"org2.com": 10})
+        assert await read("pulls", OLD_DAY, architecture="arm64") == Counts(0, {})
+        assert await read("builds") == Counts(3, {"org1.com": 3})
+        assert await read("builds", architecture="arm64") == Counts(2, {"org1.com": 2})
+
+
+async def test_counters_from_before_architectures_go_on(redis_url: str) -> None:
+    async with connect(redis_url) as redis:
+        for key in ("wave:{usage}:pulls", f"wave:{{usage}}:pulls:{NEW_DAY}"):
+            await redis.hset(key, mapping={"org1.com": 40, "": 2})
+    async with counting(redis_url, lambda: MIDNIGHT) as usage:
+        usage.count("a@org1.com", fusion=False, architecture="amd64")
+    assert await pulls(redis_url) == Counts(41, {"org1.com": 41})
+    assert await pulls(redis_url, NEW_DAY) == Counts(43, {"org1.com": 41})
+    async with connect(redis_url) as redis:
+        assert await Usage(redis).read("pulls", NEW_DAY, "org1.com", "amd64") == Counts(1, {"org1.com": 1})
 
 
 async def test_pulls_of_several_processes_add_up_while_they_run(redis_url: str) -> None:

@@ -78,7 +78,8 @@ class Descriptor:
 
 # --- platforms ---------------------------------------------------------------------------------------------------
 
-_ARCHITECTURES = {
+# Those that we know, by all the names that they go by. Source: ``wave.md`` §4.5a.
+ARCHITECTURES = {
     "amd64": "amd64",
     "x86_64": "amd64",
     "x86-64": "amd64",
@@ -101,7 +102,7 @@ class Platform:
 
     def matches(self, os: str, architecture: str, variant: str) -> bool:
         """Whether an index entry with these values serves this platform (``wave.md`` §3.8)."""
-        if os != self.os or _ARCHITECTURES.get(architecture, architecture) != self.architecture:
+        if os != self.os or ARCHITECTURES.get(architecture, architecture) != self.architecture:
             return False
         if self.architecture == "arm64" and not self.variant:
             return variant in ("", "8", "v8")
@@ -122,7 +123,7 @@ def parse_platform(text: str) -> Platform:
     if len(parts) > 3 or not all(parts):
         raise RequestInvalid(f"Invalid container platform: {text[:100]} -- offending value: {text[:100]}")
     os, arch = (parts[0], parts[1]) if len(parts) > 1 else ("linux", parts[0])
-    architecture = _ARCHITECTURES.get(arch)
+    architecture = ARCHITECTURES.get(arch)
     if architecture is None:
         raise RequestInvalid(f"Unsupported container platform: {arch[:100]}")
     variant = parts[2] if len(parts) == 3 else ""

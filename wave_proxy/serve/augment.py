@@ -42,11 +42,13 @@ class Made:
     """A rewritten manifest or index, with everything that was made along with it.
 
     ``contents`` has the new manifests and configs by digest; ``sources`` says from which upstream manifest each came.
+    ``architecture`` is what the config names; empty for an index.
     """
 
     digest: str
     contents: Mapping[str, StoredManifest]
     sources: Mapping[str, str]
+    architecture: str = ""
 
     @property
     def size(self) -> int:
@@ -150,7 +152,8 @@ class Augmenter:
         old = await self._repositories.read_config(
             recipe.registry, recipe.repository, old_config.digest, old_config.size
         )
-        layers = layers_for(recipe.config.layers, architecture_of(old))
+        architecture = architecture_of(old)
+        layers = layers_for(recipe.config.layers, architecture)
         config = rewrite_config(old, recipe.config, layers)
         config_descriptor = Descriptor(old_config.media_type, digest_of(config), len(config))
         content = rewrite_manifest(original.content, original.media_type, config_descriptor, layers)
@@ -159,7 +162,7 @@ class Augmenter:
             digest: StoredManifest(content, original.media_type, digest),
             config_descriptor.digest: StoredManifest(config, old_config.media_type, config_descriptor.digest),
         }
-        return Made(digest, contents, dict.fromkeys(contents, original.digest))
+        return Made(digest, contents, dict.fromkeys(contents, original.digest), architecture)
 
     async def _build_index(self, recipe: _Recipe, original: StoredManifest, index: Manifest) -> Made:
         chosen = _choose(recipe, index.entries)

@@ -74,7 +74,7 @@ class Terms:
     what it counts as. ``changes`` is what local repositories said of their changes, None for an image that is in none:
     the terms end when they say something else. ``confirmed`` (epoch seconds) is what its Age counts from, None when
     that stays as it is. With ``is_pull`` each time is a pull of that user, or of the client's address when there is no
-    ``email``.
+    ``email``, and for that ``architecture``, as far as it is known.
     """
 
     until: float
@@ -86,6 +86,7 @@ class Terms:
     is_pull: bool = False
     email: str = ""
     fusion: bool = False
+    architecture: str = ""
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from wave_proxy.cache.repositories import CacheState, OpenBlob, Repositories
 from wave_proxy.errors import ManifestUnknown, RangeInvalid, StateUnavailable
 from wave_proxy.image.oci import INDEX_TYPES
 from wave_proxy.image.request import Layer
+from wave_proxy.serve.architectures import Architectures
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.layers import Layers
@@ -26,7 +27,7 @@ from wave_proxy.serve.resolve import Resolver, Target, own_target
 from wave_proxy.serve.route import Route, parse_route
 from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.state.usage import Usage
+from wave_proxy.state.usage import Usage, architecture_of
 
 _log = structlog.get_logger()
 
@@ -81,6 +82,7 @@ class Puller:
         self._holds = holds
         self._pusher = pusher
         self._recorded: OrderedDict[str, None] = OrderedDict()
+        self._architectures = Architectures()
 
     async def answer(self, request: Request) -> Reply:
         """The reply to a request for the registry. Raises WaveError."""
@@ -108,9 +110,13 @@ class Puller:
             found = await self._held(request, target)
         manifest = found.manifest
         counts = target.request is None or not target.request.uncounted
+        if manifest.media_type in INDEX_TYPES:
+            self._architectures.learn(manifest)
         is_pull = counts and request.method == "GET" and manifest.media_type not in INDEX_TYPES
+        architecture = self._architecture(target, manifest) if is_pull else ""
         if is_pull:
-            await self._count(request, target)
+            await self._count(request, target, architecture)
+        terms = self._terms(found, target, changes, is_pull=is_pull, architecture=architecture)
         headers = [
             ("Content-Type", manifest.media_type),
             ("Docker-Content-Digest", manifest.digest),
@@ -119,7 +125,7 @@ class Puller:
             ("X-Cache", found.state),
             ("Age", str(found.age_s)),
         ]
-        return Reply(200, headers, manifest.content, terms=self._terms(found, target, changes, is_pull=is_pull))
+        return Reply(200, headers, manifest.content, terms=terms)
 
     async def _held(self, request: Request, target: Target) -> _Found:
         """What a tag stands for once it is built, if it is being built. Raises StillBuilding, ManifestUnknown."""
@@ -136,14 +142,23 @@ class Puller:
                 raise
         return await self._manifest_by_tag(target)
 
-    async def _count(self, request: Request, target: Target) -> None:
+    def _architecture(self, target: Target, manifest: StoredManifest) -> str:
+        """That of the one platform that was asked for, empty for several; with none, what the manifest is known for."""
+        platforms = target.request.platforms if target.request else ()
+        if platforms:
+            return architecture_of(platforms[0]) if len(platforms) == 1 else ""
+        return self._architectures.find(manifest.digest)
+
+    async def _count(self, request: Request, target: Target, architecture: str) -> None:
         """Let a pull in, and count it. Raises TooManyRequests, StateUnavailable."""
         subject = subject_of("pull", target.email, request.client)
         if not self._quotas.try_admit(subject):
             await self._quotas.admit(subject)
-        self._usage.count(target.email, target.config.has_fusion)
+        self._usage.count(target.email, target.config.has_fusion, architecture)
 
-    def _terms(self, found: _Found, target: Target, changes: int | None, *, is_pull: bool) -> Terms | None:
+    def _terms(
+        self, found: _Found, target: Target, changes: int | None, *, is_pull: bool, architecture: str
+    ) -> Terms | None:
         """How long the same answer holds: not beyond the tag's next question, nor the token's end."""
         if len(found.manifest.content) > _READY_BYTES:
             return None
@@ -162,6 +177,7 @@ class Puller:
             is_pull=is_pull,
             email=target.email,
             fusion=target.config.has_fusion,
+            architecture=architecture,
         )
 
     async def _manifest_by_tag(self, target: Target) -> _Found:
@@ -175,6 +191,7 @@ class Puller:
         if target.config:
             made = await self._augmenter.augment(target, source)
             manifest = made.contents[made.digest]
+            self._architectures.put(made.digest, made.architecture)
         else:
             manifest = await self._repositories.fetch_manifest(target.registry, target.repository, source)
         await self._record(target, source, manifest.digest)

@@ -142,7 +142,7 @@ class ReadyReplies:
             3 * len(body) + len(request.target) + 2 * _OVERHEAD_BYTES,  # itself and two wires
             terms.until,
             subject,
-            self._usage.cell(terms.email, terms.fusion) if terms.is_pull else None,
+            self._usage.cell(terms.email, terms.fusion, terms.architecture) if terms.is_pull else None,
             self._stats.first_byte[terms.kind, terms.state, reply.status],
         )
 

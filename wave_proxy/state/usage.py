@@ -1,8 +1,9 @@
-"""How much the service is used, by day (UTC) and organisation: owner of ``wave:{usage}:*``.
+"""How much the service is used, by day (UTC), organisation and architecture: owner of ``wave:{usage}:*``.
 
 An organisation is the domain of a user's e-mail address, in lower case; what is done without a user counts under the
-empty name. There are two kinds of hashes of organisation to count, both kept for ever, since a day takes some hundred
-bytes: ``wave:{usage}:<kind>:<day>`` (``2026-01-31``), and ``wave:{usage}:<kind>`` for all days together.
+empty name. All hashes are of organisation to count, and kept for ever, since a day takes some hundred bytes:
+``wave:{usage}:<kind>:<day>`` (``2026-01-31``), and ``wave:{usage}:<kind>`` for all days together, have everything;
+``wave:{usage}:<kind>/<architecture>:<day>`` and ``wave:{usage}:<kind>/<architecture>`` what is known to be for one.
 
 Processes gather in memory and flush a few times a second; one that crashes loses what it gathered since. A flush is
 one Lua script with a number, the last of which is kept for each process in ``wave:{usage}:flushed:<process>``: one
@@ -16,17 +17,19 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from secrets import token_hex
 from time import time
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import structlog
 
 from wave_proxy.errors import StateUnavailable
+from wave_proxy.image.oci import ARCHITECTURES
 from wave_proxy.state.redis import Redis, answered
 
 _log = structlog.get_logger()
 
-Kind = Literal["pulls", "fusion", "builds", "mirrors"]
+Job = Literal["builds", "mirrors", "scans"]
+Kind = Literal["pulls", "fusion", "builds", "mirrors", "scans"]
 
 _FLUSH_S = 0.4
 _DAY_S = 86400.0
@@ -51,7 +54,7 @@ return 1
 
 
 class Cell:
-    """Where the pulls of one organisation are counted on the hot path: ``cell.pulls += 1``."""
+    """Where the pulls of one organisation and architecture are counted on the hot path: ``cell.pulls += 1``."""
 
     __slots__ = ("__weakref__", "_at_end", "pulls")
 
@@ -73,16 +76,24 @@ class Counts:
     organisations: dict[str, int]
 
 
+class _Field(NamedTuple):
+    """What counts together; ``architecture`` is empty where it is unknown, or where there are several."""
+
+    kind: Kind
+    organisation: str
+    architecture: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Flush:
-    """What one execution of the script adds, by day, kind and organisation."""
+    """What one execution of the script adds, by day and field."""
 
     number: int
-    fields: dict[tuple[str, Kind, str], int]
+    fields: dict[tuple[str, _Field], int]
 
 
 class Usage:
-    """Counts pulls and builds: in memory at once, in Redis soon after, by ``run`` and ``follow_days`` beside it."""
+    """Counts pulls and jobs: in memory at once, in Redis soon after, by ``run`` and ``follow_days`` beside it."""
 
     def __init__(self, redis: Redis, clock: Callable[[], float] = time) -> None:
         """``clock`` tells the day: epoch seconds."""
@@ -92,23 +103,27 @@ class Usage:
         self._process = token_hex(8)
         self._flushes = 0
         self._down = False
-        self._cells: WeakValueDictionary[tuple[str, bool], Cell] = WeakValueDictionary()
+        self._cells: WeakValueDictionary[tuple[str, bool, str], Cell] = WeakValueDictionary()
         self._day = _day_of(clock())  # of what is gathered
-        self._gathered: dict[tuple[Kind, str], int] = {}
-        self._waiting: dict[tuple[str, Kind, str], int] = {}
+        self._gathered: dict[_Field, int] = {}
+        self._waiting: dict[tuple[str, _Field], int] = {}
         self._pending: _Flush | None = None  # unanswered: Redis may have counted it or not
 
-    def count(self, email: str | None, fusion: bool) -> None:
+    def count(self, email: str | None, fusion: bool, architecture: str = "") -> None:
         """One pull by the user with that e-mail address, if there is one; ``fusion``: of an image with Fusion."""
-        self._add_pulls(organisation_of(email), fusion, 1)
+        self._add_pulls(organisation_of(email), fusion, ARCHITECTURES.get(architecture, ""), 1)
 
-    def count_build(self, email: str | None) -> None:
-        """One build that was begun for the user with that e-mail address, if there is one."""
-        self._add("builds", organisation_of(email), 1)
+    def count_job(self, kind: Job, email: str | None, platforms: str = "") -> None:
+        """A job that was begun for the user with that e-mail address, if there is one: as many as it has platforms.
 
-    def cell(self, email: str | None, fusion: bool) -> Cell:
+        Source: ``wave.md`` §8.3.
+        """
+        for platform in platforms.split(","):
+            self._add(_Field(kind, organisation_of(email), architecture_of(platform)), 1)
+
+    def cell(self, email: str | None, fusion: bool, architecture: str = "") -> Cell:
         """The cell of the user's organisation, to keep for as long as it is used; what it counts is not lost then."""
-        key = organisation_of(email), fusion
+        key = organisation_of(email), fusion, ARCHITECTURES.get(architecture, "")
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = Cell(partial(self._add_pulls, *key))
@@ -142,15 +157,18 @@ class Usage:
             await self._flush()
         except StateUnavailable as err:
             left = [self._waiting, self._pending.fields if self._pending else {}]
-            lost = sum(count for fields in left for (_, kind, _), count in fields.items() if kind != "fusion")
-            _log.warning("the last pulls and builds are not counted", number=lost, error=str(err))
+            lost = sum(count for fields in left for (_, field), count in fields.items() if field.kind != "fusion")
+            _log.warning("the last pulls and jobs are not counted", number=lost, error=str(err))
 
-    async def read(self, kind: Kind, day: str | None = None, organisation: str | None = None) -> Counts:
-        """The counts of a day (``2026-01-31``) or of all, of one organisation or of all. Raises StateUnavailable.
+    async def read(
+        self, kind: Kind, day: str | None = None, organisation: str | None = None, architecture: str | None = None
+    ) -> Counts:
+        """The counts of a day (``2026-01-31``) or of all, of one organisation or of all, and so for architectures.
 
-        What was done without a user is in the count of a day alone. Source: ``wave.md`` §8.2.
+        What was done without a user is in the count of a day or an architecture alone. Raises StateUnavailable.
+        Source: ``wave.md`` §8.2.
         """
-        key = _key(kind, day)
+        key = _key(kind, day, architecture)
         if organisation is not None:
             name = organisation.lower()
             async with answered():
@@ -160,23 +178,22 @@ class Usage:
             fields = cast(dict[bytes, bytes], await self._redis.hgetall(key))
         counts = {name.decode(): int(count) for name, count in fields.items()}
         anonymous = counts.pop("", 0)
-        return Counts(sum(counts.values()) + (anonymous if day else 0), counts)
+        return Counts(sum(counts.values()) + (anonymous if day or architecture else 0), counts)
 
     # --- gathering ---------------------------------------------------------------------------------------------------
 
-    def _add_pulls(self, organisation: str, fusion: bool, count: int) -> None:
-        self._add("pulls", organisation, count)
+    def _add_pulls(self, organisation: str, fusion: bool, architecture: str, count: int) -> None:
+        self._add(_Field("pulls", organisation, architecture), count)
         if fusion:
-            self._add("fusion", organisation, count)
+            self._add(_Field("fusion", organisation, architecture), count)
 
-    def _add(self, kind: Kind, organisation: str, count: int) -> None:
-        key = kind, organisation
-        known = self._gathered.get(key)
+    def _add(self, field: _Field, count: int) -> None:
+        known = self._gathered.get(field)
         if known is None:
             if len(self._gathered) + len(self._waiting) >= _FIELDS:
-                key = kind, ""
-            known = self._gathered.get(key, 0)
-        self._gathered[key] = known + count
+                field = field._replace(organisation="")
+            known = self._gathered.get(field, 0)
+        self._gathered[field] = known + count
 
     def _gather(self) -> None:
         """Have all that was counted since the last time wait under the day on which that was."""
@@ -185,9 +202,8 @@ class Usage:
             if count:
                 self._add_pulls(*key, count)
         gathered, self._gathered = self._gathered, {}
-        for (kind, organisation), count in gathered.items():
-            field = self._day, kind, organisation
-            self._waiting[field] = self._waiting.get(field, 0) + count
+        for field, count in gathered.items():
+            self._waiting[self._day, field] = self._waiting.get((self._day, field), 0) + count
         self._day = _day_of(self._clock())
 
     # --- flushing ----------------------------------------------------------------------------------------------------
@@ -206,9 +222,12 @@ class Usage:
     async def _send(self, flush: _Flush) -> None:
         keys = [f"wave:{{usage}}:flushed:{self._process}"]
         arguments: list[str | int] = [flush.number, _REMEMBERED_S]
-        for (day, kind, organisation), count in flush.fields.items():
-            keys += _key(kind, day), _key(kind)
-            arguments += [organisation, count] * 2
+        for (day, (kind, organisation, architecture)), count in flush.fields.items():
+            places = [_key(kind, day), _key(kind)]
+            if architecture:
+                places += _key(kind, day, architecture), _key(kind, None, architecture)
+            keys += places
+            arguments += [organisation, count] * len(places)
         async with answered():
             await self._script(keys, arguments)
 
@@ -222,9 +241,16 @@ def organisation_of(email: str | None) -> str:
     return domain.lower()
 
 
+def architecture_of(platform: str) -> str:
+    """The architecture in a platform (``linux/arm64``), by its usual name; empty when there is none that we know."""
+    parts = platform.split("/")
+    return ARCHITECTURES.get(parts[1] if len(parts) > 1 else parts[0], "")
+
+
 def _day_of(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
-def _key(kind: Kind, day: str | None = None) -> str:
-    return f"wave:{{usage}}:{kind}:{day}" if day else f"wave:{{usage}}:{kind}"
+def _key(kind: Kind, day: str | None = None, architecture: str | None = None) -> str:
+    series = f"{kind}/{architecture}" if architecture else kind
+    return f"wave:{{usage}}:{series}:{day}" if day else f"wave:{{usage}}:{series}"
