@@ -236,7 +236,7 @@ async def test_what_is_kept_runs_out_together(redis_url: str) -> None:
 async def test_a_number_is_not_given_twice(redis_url: str) -> None:
     async with store(redis_url) as builds, connect(redis_url) as redis:
         first = await submitted(builds)
-        await redis.delete(f"wave:{{builds}}:count:{0:016x}")
+        await redis.delete(f"wave:{{builds}}:count:bd-{0:016x}")
         record, is_new = await builds.submit(spec(target_image="registry.test/other:1"), admit)
         assert is_new
         assert (first[-2:], record.build_id[-2:]) == ("_1", "_2")
