@@ -29,7 +29,9 @@ from api.orders import Orders
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
-from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, Settings, receive
+from api.scan_orders import ScanOrders
+from api.scans import Scans
+from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, ScanSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.logs import configure
@@ -41,6 +43,7 @@ from wave_proxy.state.identities import AccessTokens
 from wave_proxy.state.pairing import Pairings
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
+from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.egress import Egress, Endpoint
@@ -105,6 +108,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
+    reports = ScanReports(redis, settings.build.log_retention)
+    scans = _scans(settings.scan, builds, reports)
     containers = Containers(
         tokens,
         registries,
@@ -112,11 +117,12 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         accounts,
         _open_hosts(endpoints),
         _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, usage, stack),
+        scans,
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    endpoints_of_builds = Builds(builds, accounts)
+    endpoints_of_builds = Builds(builds, accounts, scans)
     stack.push_async_callback(endpoints_of_builds.close)
     inspections = Inspections(
         registries,
@@ -126,7 +132,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         max_body_bytes=settings.http.max_body_bytes,
     )
     pairing = _pairing(settings.platform, redis, stack)
-    groups = (endpoints_of_builds, inspections, UsageMetrics(usage, accounts), pairing)
+    scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
+    groups = (endpoints_of_builds, scan_endpoints, inspections, metrics, pairing)
     return create_app(containers, groups, partial(check, redis), settings.public_url)
 
 
@@ -150,6 +157,16 @@ def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
         BuildLimits(settings.max_running, settings.max_running_per_user),
         retention_s=settings.log_retention,
         failure_memory_s=settings.failure_memory,
+    )
+
+
+def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports) -> ScanOrders:
+    return ScanOrders(
+        builds,
+        reports,
+        enabled=bool(settings.program),
+        timeout_s=settings.timeout,
+        memory_s=settings.repeat_after,
     )
 
 

@@ -1,6 +1,6 @@
 """What container requests look like in answers: names, forms, and which members are left out (``wave.md`` §0.1)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -80,10 +80,20 @@ def submitted(
         return filled({**answer, "buildId": built.build_id if built and not built.cached else None})
     if request.freeze:
         del answer["containerToken"], answer["expiration"]
-    if built is None:
-        return {**answer, "freeze": False, "mirror": False, "succeeded": True}
-    ids = {"buildId": built.build_id, "cached": built.cached} if built.build_id else {}
-    return filled({**answer, **ids, "freeze": request.freeze, "mirror": False, "succeeded": built.succeeded})
+    ids = {"buildId": built.build_id, "cached": built.cached} if built and built.build_id else {}
+    how = {"freeze": request.freeze, "mirror": False, **scan_ids(request.scan_ids)}
+    # With a scan, clients ask for the status, and it is there that the scan counts.
+    succeeded = None if request.scan_ids else built.succeeded if built else True
+    return filled({**answer, **ids, **how, "succeeded": succeeded})
+
+
+def scan_ids(ids: Sequence[str], platforms: Sequence[str] = ()) -> dict[str, Any]:
+    """How scans are named: the first one, and of several each one with its platform, where these are told."""
+    answer: dict[str, Any] = {"scanId": ids[0] if ids else None}
+    if len(ids) > 1 and platforms:
+        refs = [{"id": scan_id, "value": value} for scan_id, value in zip(ids, platforms, strict=False)]
+        answer["scanChildIds"] = {"refs": refs}
+    return answer
 
 
 def described(record: TokenRecord, build: BuildRecord | None, authority: str) -> dict[str, Any]:
@@ -101,6 +111,7 @@ def described(record: TokenRecord, build: BuildRecord | None, authority: str) ->
             "expiration": format_instant(request.expires),
             "fusionVersion": request.config.fusion_version,
             "mirror": False,
+            **scan_ids(request.scan_ids, request.platforms),
         }
     )
 

@@ -1,13 +1,17 @@
 """What builds look like in answers (``wave.md`` §1.7)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from api.answers import filled, format_instant, format_seconds
+from api.answers import filled, format_instant, format_seconds, scan_ids
 from wave_proxy.image.build import BuildRecord, Compression
 
 
-def described_build(record: BuildRecord) -> dict[str, Any]:
-    """A build as it stands. Who asked for it is told by number alone; ``reason`` is there once it has failed."""
+def described_build(record: BuildRecord, scans: Sequence[str] = ()) -> dict[str, Any]:
+    """A build as it stands, with the ids of its scans.
+
+    Who asked for it is told by number alone; ``reason`` is there once it has failed.
+    """
     spec = record.spec
     return filled(
         {
@@ -25,6 +29,7 @@ def described_build(record: BuildRecord) -> dict[str, Any]:
             "digest": record.digest,
             "compression": _compression(spec.compression),
             "buildTemplate": spec.template,
+            **scan_ids(scans, spec.platforms),
             "reason": record.reason,
         }
     )

@@ -13,6 +13,7 @@ from api.callers import client_address
 from api.endpoints import INVALID, LOGIN, STRING, TEXT, UNKNOWN, Answer, Parameter, endpoint, routes_of
 from api.events import end_event, log_events, resume_offset
 from api.replies import json_reply
+from api.scan_orders import ScanOrders
 from api.shapes import Build, BuildStatus, Message
 from api.tails import Tails
 from wave_proxy.errors import RequestInvalid, clip
@@ -37,8 +38,9 @@ _LOG_PARAMETERS = (
 class Builds:
     """The endpoints of builds: ``bd-<16 hex>_<n>``, also without ``bd-``, and without ``_<n>`` the newest."""
 
-    def __init__(self, store: BuildStore, accounts: Accounts, *, beat_s: float = _BEAT_S) -> None:
+    def __init__(self, store: BuildStore, accounts: Accounts, scans: ScanOrders, *, beat_s: float = _BEAT_S) -> None:
         self._store = store
+        self._scans = scans
         self._accounts = accounts
         self._tails = Tails(store, beat_s)
         self.routes = routes_of(self)
@@ -51,7 +53,9 @@ class Builds:
     async def describe(self, request: Request) -> Response:
         """A build as it stands."""
         record = await self._find(request)
-        return json_reply(described_build(record)) if record else Response(status_code=404)
+        if record is None:
+            return Response(status_code=404)
+        return json_reply(described_build(record, await self._scans.known(record.spec, record.build_id)))
 
     @endpoint(
         "GET",

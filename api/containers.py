@@ -35,14 +35,16 @@ from api.planning import wants_build
 from api.registries import Registries
 from api.replies import json_reply
 from api.rules import check_rules, check_supported
+from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
 from api.statuses import container_status
 from wave_proxy.errors import ContentMismatch, RequestInvalid
-from wave_proxy.image.build import BuildRecord
+from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
+from wave_proxy.image.scan import Scan
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
@@ -69,6 +71,7 @@ class Containers:
         accounts: Accounts,
         hosts: OpenHosts,
         orders: Orders,
+        scans: ScanOrders,
         *,
         public_url: str,
         lifetime_s: float,
@@ -80,6 +83,7 @@ class Containers:
         self._accounts = accounts
         self._hosts = hosts
         self._orders = orders
+        self._scans = scans
         self._public_url = public_url
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
@@ -162,7 +166,12 @@ class Containers:
         build = await self._find_build(record)
         if record.request.build_id and build is None:
             return json_reply({"message": f"Missing container build record with id: {record.request.build_id}"}, 404)
-        return json_reply(container_status(record, build, None, now=now, public_url=self._public_url))
+        scans = await self._find_scans(record.request, build)
+        for scan_id, scan in zip(record.request.scan_ids, scans, strict=False):
+            if scan is None:
+                return json_reply({"message": f"Missing container scan record with id: {scan_id}"}, 404)
+        known = [scan for scan in scans if scan]
+        return json_reply(container_status(record, build, known, now=now, public_url=self._public_url))
 
     @endpoint(
         "GET",
@@ -202,10 +211,17 @@ class Containers:
     async def _find_build(self, record: TokenRecord) -> BuildRecord | None:
         return await self._orders.find(record.request.build_id) if record.request.build_id else None
 
+    async def _find_scans(self, request: ContainerRequest, build: BuildRecord | None) -> list[Scan | None]:
+        """Those that decide how the request stands now."""
+        is_made = build is None or build.succeeded
+        if not (is_made and request.scan_mode == "required" and self._scans.enabled):
+            return []
+        return await self._scans.find(request.scan_ids)
+
     async def _submit(self, request: Request, *, legacy: bool) -> Response:
         submission = parse_submission(await read_object(request, self._max_body_bytes), self._hosts)
         check_rules(submission, legacy=legacy)
-        check_supported(submission)
+        check_supported(submission, scans=self._scans.enabled)
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, request.headers.get("authorization", ""))
         wanted, built = await self._resolve(submission, identity, client_address(request))
@@ -235,6 +251,8 @@ class Containers:
             ip_address=ip_address,
             includes=includes,
             dry_run=bool(submission.dry_run),
+            scan_mode="" if submission.scan_mode in (None, "none") else submission.scan_mode,
+            scan_levels=tuple(submission.scan_levels or ()),
             created=now,
             expires=now + self._lifetime_s,
         )
@@ -245,8 +263,9 @@ class Containers:
         reference = parse_reference(wanted.image)
         with explained(reference):
             registry = await self._registries.open(wanted.identity, reference)
-            await registry.head_manifest(reference.registry, reference.repository, reference.reference)
-        return replace(wanted, image=str(reference))
+            head = await registry.head_manifest(reference.registry, reference.repository, reference.reference)
+        found = replace(wanted, image=str(reference))
+        return replace(found, scan_ids=await self._scans.of_image(found, head.digest))
 
     async def _order(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
         """The same for the image that is built for it, and how far that is."""
@@ -259,8 +278,18 @@ class Containers:
             build_id=built.build_id,
             build_new=bool(built.build_id) and not built.cached,
             freeze=spec.freeze,
+            scan_ids=await self._scan(spec, built, submission, wanted),
         )
         return asked, built
+
+    async def _scan(
+        self, spec: BuildSpec, built: Outcome, submission: Submission, wanted: ContainerRequest
+    ) -> tuple[str, ...]:
+        """The scans of an image that is built, which is scanned unless the request says otherwise."""
+        if wanted.dry_run or submission.scan_mode == "none" or built.succeeded is False:
+            return ()
+        is_cached, asked = built.succeeded is True, bool(wanted.scan_mode)
+        return await self._scans.of_job(spec, built.build_id, is_cached=is_cached, asked=asked)
 
     async def _include(
         self, names: tuple[str, ...], platforms: tuple[Platform, ...], identity: Identity

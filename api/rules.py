@@ -25,9 +25,9 @@ def check_rules(request: Submission, *, legacy: bool) -> None:
         raise RequestInvalid("; ".join(dict.fromkeys(broken)))
 
 
-def check_supported(request: Submission) -> None:
-    """Raises NotImplementedHere, in the service's own words, for what takes a mirror or a scan."""
-    if request.scan_mode in ("async", "required"):
+def check_supported(request: Submission, *, scans: bool = False) -> None:
+    """Raises NotImplementedHere, in the service's own words, for what takes a mirror, or a scan where it has none."""
+    if request.scan_mode in ("async", "required") and not scans:
         raise not_enabled("Security scan", "scan")
     if request.mirror:
         raise not_enabled("Container mirror", "mirror")

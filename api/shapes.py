@@ -64,6 +64,22 @@ class FrameworkError(TypedDict):
 
 
 @_answer
+class ChildId(TypedDict):
+    """The id of what was done for one platform."""
+
+    id: str
+    value: str
+    """The platform."""
+
+
+@_answer
+class ChildIds(TypedDict):
+    """Ids by platform."""
+
+    refs: list[ChildId]
+
+
+@_answer
 class Submitted(TypedDict):
     """What was made of a container request."""
 
@@ -83,8 +99,10 @@ class Submitted(TypedDict):
     """Whether the image was there, or was being built already."""
     freeze: NotRequired[bool]
     mirror: NotRequired[bool]
+    scanId: NotRequired[str]
+    """The scan of the image."""
     succeeded: NotRequired[bool]
-    """Missing while nobody knows: ask for the status."""
+    """Missing while nobody knows, and where there is a scan: ask for the status."""
 
 
 @_answer
@@ -177,6 +195,9 @@ class Container(Asked, BuildOfRequest):
     expiration: NotRequired[Instant]
     fusionVersion: NotRequired[str]
     mirror: NotRequired[bool]
+    scanId: NotRequired[str]
+    scanChildIds: NotRequired[ChildIds]
+    """The scans of an image for several platforms."""
 
 
 @_answer
@@ -255,6 +276,10 @@ class Build(TypedDict):
     """Of the manifest that was pushed."""
     compression: NotRequired[CompressionShape]
     buildTemplate: NotRequired[str]
+    scanId: NotRequired[str]
+    """The scan of the image."""
+    scanChildIds: NotRequired[ChildIds]
+    """The scans of an image for several platforms."""
     reason: NotRequired[str]
     """Why it failed."""
 
@@ -271,6 +296,45 @@ class BuildStatus(TypedDict):
     """There once it is done."""
     reason: NotRequired[str]
     """Why it failed."""
+
+
+# --- scans -----------------------------------------------------------------------------------------------------------
+
+
+@_answer
+class VulnerabilityShape(TypedDict):
+    """One advisory about one package of the image; what is not known is empty."""
+
+    id: str
+    severity: Literal["UNKNOWN", "LOW", "MEDIUM", "HIGH", "CRITICAL"]
+    title: str
+    pkgName: str
+    installedVersion: str
+    fixedVersion: str
+    primaryUrl: str
+
+
+@_answer
+class ScanShape(TypedDict):
+    """A scan as it stands."""
+
+    id: str
+    buildId: NotRequired[str]
+    """The build of the image."""
+    mirrorId: NotRequired[str]
+    """The mirror of the image."""
+    containerImage: str
+    platform: NotRequired[str]
+    startTime: Instant
+    duration: NotRequired[Seconds]
+    status: Literal["PENDING", "SUCCEEDED", "FAILED"]
+    vulnerabilities: NotRequired[list[VulnerabilityShape]]
+    """The worst ones, the most severe first."""
+    exitCode: NotRequired[int]
+    reason: NotRequired[str]
+    """Why it failed."""
+    logs: NotRequired[str]
+    """The beginning of the log."""
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

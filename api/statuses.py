@@ -1,5 +1,6 @@
 """How far a container request is: from the records of its image's job and of its scan to the answer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from api.answers import filled, format_instant, format_seconds
@@ -12,31 +13,34 @@ _KINDS = {"build": "builds", "mirror": "mirrors", "scan": "scans"}
 
 
 def container_status(
-    record: TokenRecord, job: BuildRecord | None, scan: Scan | None, *, now: float, public_url: str
+    record: TokenRecord, job: BuildRecord | None, scans: Sequence[Scan], *, now: float, public_url: str
 ) -> dict[str, Any]:
     """The status of a request whose image ``job`` builds or mirrors, None for one that was there.
 
-    ``scan`` is the one that the request requires to succeed, None when it requires none. ``now`` is epoch seconds.
-    Source: ``wave.md`` §1.6, vectors V36; a job that waits for its turn is ``PENDING``.
+    ``scans`` are those that the request requires to succeed, one for each platform. ``now`` is epoch seconds. Source:
+    ``wave.md`` §1.6, vectors V36; a job that waits for its turn is ``PENDING``.
     """
     request = record.request
     answer = {
         "id": record.token,
         "status": "DONE",
         **_job_id(request.build_id),
-        "scanId": request.scan_id,
+        "scanId": request.scan_ids[0] if request.scan_ids else "",
         "creationTime": format_instant(job.created if job else request.created),
     }
     if job is not None and job.phase != "done":
         return filled({**answer, "status": "PENDING" if job.phase == "queued" else "BUILDING"})
     if job is not None and not job.succeeded:
         return filled({**answer, **_duration(job), **_failed_job(job, public_url)})
-    if scan is None:
+    if not scans:
         done = _duration(job) if job else {"duration": format_seconds(now - request.created)}
         return filled({**answer, **done, "succeeded": True})
-    if scan.record.phase != "done":
+    if any(scan.record.phase != "done" for scan in scans):
         return filled({**answer, "status": "SCANNING"})
-    return filled({**answer, **_duration(job, scan.record), **_judged(scan, request.scan_levels, public_url)})
+    longest = max((scan.record for scan in scans), key=lambda record: record.duration_s or 0.0)
+    verdicts = [_judged(scan, request.scan_levels, public_url) for scan in scans]
+    verdict = next((one for one in verdicts if not one["succeeded"]), verdicts[-1])
+    return filled({**answer, **_duration(job, longest), **verdict})
 
 
 def details_uri(public_url: str, job: BuildRecord) -> str:

@@ -22,6 +22,8 @@ from api.metrics import UsageMetrics
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
+from api.scan_orders import ScanOrders
+from api.scans import Scans
 from tests.documented import check_answer
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
@@ -30,6 +32,7 @@ from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.identities import AccessTokens
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import check, connect
+from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.credentials import Credentials, Login
@@ -58,6 +61,7 @@ class ApiServer:
         build_repository: str = "",
         quotas: Mapping[tuple[str, bool], Limit | None] | None = None,
         anonymous: bool = True,
+        scans: bool = False,
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
@@ -69,6 +73,7 @@ class ApiServer:
         self._builds = bool(build_repository)
         self._quotas = quotas or {}
         self._anonymous = anonymous
+        self._scans = scans
         self._server: uvicorn.Server | None = None
         self.app: Starlette = None  # type: ignore[assignment]  # set before it answers
         self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
@@ -99,6 +104,8 @@ class ApiServer:
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
         planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
+        reports = ScanReports(redis)
+        scans = ScanOrders(builds, reports, enabled=self._scans)
         containers = Containers(
             tokens,
             registries,
@@ -106,11 +113,12 @@ class ApiServer:
             self._accounts,
             hosts,
             Orders(builds, planner, quotas, usage, enabled=self._builds),
+            scans,
             public_url=f"http://{AUTHORITY}",
             lifetime_s=self._lifetime_s,
             max_body_bytes=self._max_body_bytes,
         )
-        endpoints = Builds(builds, self._accounts)
+        endpoints = Builds(builds, self._accounts, scans)
         stack.push_async_callback(endpoints.close)
         inspections = Inspections(
             registries,
@@ -119,7 +127,8 @@ class ApiServer:
             public_url=f"http://{AUTHORITY}",
             max_body_bytes=self._max_body_bytes,
         )
-        others = (endpoints, inspections, UsageMetrics(usage, self._accounts))
+        scan_endpoints = Scans(builds, reports, enabled=self._scans)
+        others = (endpoints, scan_endpoints, inspections, UsageMetrics(usage, self._accounts))
         return create_app(containers, others, partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:

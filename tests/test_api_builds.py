@@ -19,6 +19,7 @@ import pytest
 from starlette.applications import Starlette
 
 from api.builds import Builds
+from api.scan_orders import ScanOrders
 from api.tails import WINDOW_BYTES
 from tests.api_server import ApiServer
 from tests.redis_faults import durable_redis
@@ -27,6 +28,7 @@ from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.request import Identity
 from wave_proxy.state.builds import BuildCancelled, BuildLimits, BuildStore, Claim, LeaseLost
 from wave_proxy.state.redis import connect
+from wave_proxy.state.scans import ScanReports
 
 ADMIN = {"Authorization": f"Basic {b64encode(b'admin:hunter2').decode()}"}
 ACCOUNTS = {"admin": f"sha256:{sha256(b'hunter2').hexdigest()}"}
@@ -43,7 +45,8 @@ class Server(ApiServer):
         self.loop = asyncio.get_running_loop()
         app = super()._compose(stack)
         redis = connect(self._redis_url)
-        builds = Builds(BuildStore(redis, BuildLimits(4)), self._accounts, beat_s=0.05)
+        store = BuildStore(redis, BuildLimits(4))
+        builds = Builds(store, self._accounts, ScanOrders(store, ScanReports(redis)), beat_s=0.05)
         stack.push_async_callback(redis.aclose)
         stack.push_async_callback(builds.close)
         app.router.routes[0:0] = builds.routes

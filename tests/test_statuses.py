@@ -50,7 +50,7 @@ def status(
     request = ContainerRequest(
         image="registry.test/tool:1",
         build_id=made.build_id if made else "",
-        scan_id=found.record.build_id if found else "",
+        scan_ids=(found.record.build_id,) if found else (),
         scan_mode="required" if found else "",
         scan_levels=levels,
         created=CREATED,
@@ -58,7 +58,7 @@ def status(
     )
     record = TokenRecord(TOKEN, replace(request, **members), "", "", False)
     answer: dict[str, Any] = orjson.loads(
-        orjson.dumps(container_status(record, made, found, now=CREATED + 30, public_url=URL))
+        orjson.dumps(container_status(record, made, [found] if found else [], now=CREATED + 30, public_url=URL))
     )
     assert answer.pop("id") == TOKEN
     assert answer.pop("creationTime") == CREATED_TEXT
@@ -203,7 +203,7 @@ def test_the_status(
 
 
 def test_a_scan_that_nobody_waits_for_is_named() -> None:
-    found = status(job(), scan_id=IDS["scan"], scan_mode="async")
+    found = status(job(), scan_ids=(IDS["scan"],), scan_mode="async")
     assert found == {"status": "DONE", **BUILD, **SCAN, "duration": 60.0, "succeeded": True}
 
 
@@ -211,7 +211,7 @@ def test_a_scan_that_nobody_waits_for_is_named() -> None:
 def test_a_duration_is_written_out_with_a_point(took_s: float, text: bytes) -> None:
     request = ContainerRequest(image="registry.test/tool:1", created=0.0)
     record = TokenRecord(TOKEN, request, "", "", False)
-    answer = container_status(record, replace(job(), created=0.0, finished=took_s), None, now=0.0, public_url=URL)
+    answer = container_status(record, replace(job(), created=0.0, finished=took_s), (), now=0.0, public_url=URL)
     assert b'"duration":%b,' % text in orjson.dumps(answer)
 
 
@@ -219,3 +219,47 @@ def test_vulnerabilities_are_counted_and_the_worst_come_first() -> None:
     found = [Vulnerability("1", "LOW"), Vulnerability("2", "CRITICAL"), Vulnerability("3", "LOW")]
     assert list(count_severities(found).items()) == [("LOW", 2), ("CRITICAL", 1)]
     assert [one.id for one in worst_first(found)] == ["2", "1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("scans", "answer"),
+    [
+        pytest.param((scan(), scan(phase="running")), {"status": "SCANNING"}, id="one goes on"),
+        pytest.param((scan(took_s=9.0), scan()), {"status": "DONE", "duration": 180.0, "succeeded": True}, id="clean"),
+        pytest.param(
+            (scan({"LOW": 1}), scan({"HIGH": 1}), scan({"CRITICAL": 1})),
+            {
+                "status": "DONE",
+                "duration": 180.0,
+                "vulnerabilities": {"HIGH": 1},
+                "succeeded": False,
+                "reason": f"{FOUND} with severity: HIGH",
+                **SCAN_DETAILS,
+            },
+            id="the first that fails is told",
+        ),
+        pytest.param(
+            (scan(), scan({"LOW": 2})),
+            {
+                "status": "DONE",
+                "duration": 180.0,
+                "vulnerabilities": {"LOW": 2},
+                "succeeded": True,
+                "reason": f"{FOUND} that are compatible with requested security levels: LOW",
+                **SCAN_DETAILS,
+            },
+            id="else the last one",
+        ),
+    ],
+)
+def test_an_image_of_several_platforms_waits_for_all_scans(scans: tuple[Scan, ...], answer: dict[str, Any]) -> None:
+    request = ContainerRequest(
+        image="registry.test/tool:1",
+        build_id=IDS["build"],
+        scan_ids=(IDS["scan"], "sc-dddddddddddddddd_1"),
+        scan_levels=("LOW",),
+        created=CREATED,
+    )
+    found = container_status(TokenRecord(TOKEN, request, "", "", False), job(), scans, now=CREATED, public_url=URL)
+    told = orjson.loads(orjson.dumps(found))
+    assert told == {"id": TOKEN, "creationTime": CREATED_TEXT, **BUILD, **SCAN, **answer}

@@ -30,6 +30,7 @@ from wave_proxy.errors import clip
 from wave_proxy.image.limit import UNITS_S, parse_limit
 from wave_proxy.image.platform import is_endpoint
 from wave_proxy.image.reference import is_registry
+from wave_proxy.image.scan import Severity
 
 _UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS_B |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -315,6 +316,35 @@ class BuildSettings(_Section):
     )
 
 
+class ScanSettings(_Section):
+    """Security scans, by the program `trivy` on the builder's machine: [docs/scans.md](scans.md)."""
+
+    program: str = Field(
+        "", description='`"trivy"`, or the path of that program: scans are on. Empty: requests for one get 501.'
+    )
+    timeout: Duration = Field(900.0, description="Limit on one scan, with the download of the image.")
+    memory: Size = Field(4 * 10**9, description="Limit on the memory of one scan.")
+    severities: tuple[Severity, ...] = Field(
+        ("LOW", "MEDIUM", "HIGH", "CRITICAL"),
+        description="What is looked for. With `UNKNOWN`, images are refused that no `scanLevels` can allow.",
+    )
+    max_vulnerabilities: int = Field(
+        100, ge=1, le=10_000, description="So many are listed, the worst ones; all of them are counted."
+    )
+    repeat_after: Duration = Field(
+        7 * 86400.0, description="For so long an image that has not changed is not scanned again."
+    )
+    cache: Path | None = Field(
+        None, description="Folder of the vulnerability database. Unset: `scan-cache` in the data folder."
+    )
+    offline: bool = Field(
+        False, description="Never download the database: the operator puts it into `cache`, and keeps it up to date."
+    )
+    arguments: tuple[str, ...] = Field(
+        (), description='More arguments of the program, such as `["--db-repository", "registry.example/trivy-db:2"]`.'
+    )
+
+
 class LocalSettings(_Section):
     """Local repositories: images that are pushed here, and named `<server>/local/<name>`.
 
@@ -420,6 +450,7 @@ class Settings(BaseModel):
     log: LogSettings = LogSettings.model_construct()
     quota: QuotaSettings = QuotaSettings.model_construct()
     build: BuildSettings = BuildSettings.model_construct()
+    scan: ScanSettings = ScanSettings.model_construct()
     local: LocalSettings = LocalSettings.model_construct()
     platform: PlatformSettings = PlatformSettings.model_construct()
 

@@ -105,8 +105,8 @@ class ContainerRequest:
     An image that is built has a ``build_id``; ``build_new`` says that the build was begun for this request. With
     ``freeze`` clients pull the image by its own name, not by the token. Pulls of our own builder are ``uncounted``.
 
-    An image that is scanned has a ``scan_id``; with the ``scan_mode`` "required" it is ready no sooner than its scan
-    has found nothing but severities of ``scan_levels``.
+    An image that is scanned has ``scan_ids``: one, or one for each of its platforms. With the ``scan_mode`` "required"
+    it is ready no sooner than these have found nothing but severities of ``scan_levels``.
     """
 
     image: str
@@ -122,7 +122,7 @@ class ContainerRequest:
     build_new: bool = False
     freeze: bool = False
     uncounted: bool = False
-    scan_id: str = ""
+    scan_ids: tuple[str, ...] = ()
     scan_mode: str = ""
     scan_levels: tuple[str, ...] = ()
     created: float = 0.0
