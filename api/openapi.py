@@ -31,6 +31,11 @@ _PATHS: Mapping[str, Parameter] = {
         "The id of a build, `bd-<16 hex digits>_<number>`; also without `bd-`, and without the number for the newest.",
         place="path",
     ),
+    "scan_id": Parameter(
+        "scan_id",
+        "The id of a scan, `sc-<16 hex digits>_<number>`; also without `sc-`, and without the number for the newest.",
+        place="path",
+    ),
 }
 
 # What every endpoint may answer besides its own.
