@@ -1,5 +1,6 @@
 """Prints docs/configuration.md: every key of the settings, from the code that reads them."""
 
+import json
 import sys
 from collections.abc import Iterator
 from inspect import getdoc
@@ -92,8 +93,8 @@ def _default(field: FieldInfo) -> str:
         return "unset"
     if value == {}:
         return "none"
-    if value == ():
-        return "`[]`"
+    if isinstance(value, tuple):
+        return f"`{json.dumps(value)}`"
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if isinstance(value, bool | int) and _SIZE not in field.metadata:
