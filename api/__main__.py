@@ -23,8 +23,11 @@ from api.builds import Builds
 from api.containers import Containers
 from api.identities import Identities
 from api.inspections import Inspections
+from api.job_logs import JobLogs
 from api.locations import OpenHosts, address_of
 from api.metrics import UsageMetrics
+from api.mirroring import Mirroring, MirrorPlaces
+from api.mirrors import Mirrors
 from api.orders import Orders
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
@@ -118,12 +121,13 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         _open_hosts(endpoints),
         _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, usage, stack),
         scans,
+        _mirroring(settings, registries, builds, usage),
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    endpoints_of_builds = Builds(builds, accounts, scans)
-    stack.push_async_callback(endpoints_of_builds.close)
+    logs = JobLogs(builds)
+    stack.push_async_callback(logs.close)
     inspections = Inspections(
         registries,
         identities,
@@ -133,7 +137,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     )
     pairing = _pairing(settings.platform, redis, stack)
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
-    groups = (endpoints_of_builds, scan_endpoints, inspections, metrics, pairing)
+    jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
+    groups = (*jobs, scan_endpoints, inspections, metrics, pairing)
     return create_app(containers, groups, partial(check, redis), settings.public_url)
 
 
@@ -189,6 +194,13 @@ def _usage(redis: Redis, stack: AsyncExitStack) -> Usage:
     for coroutine in (usage.run(), usage.follow_days()):
         stack.push_async_callback(cancel, asyncio.create_task(coroutine))
     return usage
+
+
+def _mirroring(settings: Settings, registries: Registries, builds: BuildStore, usage: Usage) -> Mirroring:
+    defaults = _defaults(settings)
+    places = MirrorPlaces(settings.authority, (defaults.repository, defaults.cache_repository))
+    mirror = settings.mirror
+    return Mirroring(builds, registries, usage, places, timeout_s=mirror.timeout, enabled=mirror.enabled)
 
 
 def _orders(

@@ -72,16 +72,16 @@ def submitted(
     answer: dict[str, Any] = {
         "requestId": token,
         "containerToken": token,
-        "targetImage": request.image if request.freeze else target_image(authority, token, request),
+        "targetImage": request.image if request.is_durable else target_image(authority, token, request),
         "expiration": format_instant(request.expires),
         "containerImage": request.image,
     }
     if legacy:
         return filled({**answer, "buildId": built.build_id if built and not built.cached else None})
-    if request.freeze:
+    if request.is_durable:
         del answer["containerToken"], answer["expiration"]
     ids = {"buildId": built.build_id, "cached": built.cached} if built and built.build_id else {}
-    how = {"freeze": request.freeze, "mirror": False, **scan_ids(request.scan_ids)}
+    how = {"freeze": request.freeze, "mirror": request.mirror, **scan_ids(request.scan_ids)}
     # With a scan, clients ask for the status, and it is there that the scan counts.
     succeeded = None if request.scan_ids else built.succeeded if built else True
     return filled({**answer, **ids, **how, "succeeded": succeeded})
@@ -110,7 +110,7 @@ def described(record: TokenRecord, build: BuildRecord | None, authority: str) ->
             "waveDigest": record.wave_digest,
             "expiration": format_instant(request.expires),
             "fusionVersion": request.config.fusion_version,
-            "mirror": False,
+            "mirror": request.mirror,
             **scan_ids(request.scan_ids, request.platforms),
         }
     )
@@ -131,7 +131,7 @@ def described_legacy(record: TokenRecord, build: BuildRecord | None, authority: 
 
 def _own_name(record: TokenRecord, authority: str) -> str:
     request = record.request
-    return request.image if request.freeze else target_image(authority, record.token, request)
+    return request.image if request.is_durable else target_image(authority, record.token, request)
 
 
 def _build(request: ContainerRequest, build: BuildRecord | None) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What builds look like in answers (``wave.md`` §1.7)."""
+"""What builds and mirrors look like in answers (``wave.md`` §1.7 and 1.9)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from api.answers import filled, format_instant, format_seconds, scan_ids
 from wave_proxy.image.build import BuildRecord, Compression
+
+_MAX_LOG_BYTES = 100_000
 
 
 def described_build(record: BuildRecord, scans: Sequence[str] = ()) -> dict[str, Any]:
@@ -30,6 +32,29 @@ def described_build(record: BuildRecord, scans: Sequence[str] = ()) -> dict[str,
             "compression": _compression(spec.compression),
             "buildTemplate": spec.template,
             **scan_ids(scans, spec.platforms),
+            "reason": record.reason,
+        }
+    )
+
+
+def described_mirror(record: BuildRecord, log: bytes | None, scans: Sequence[str] = ()) -> dict[str, Any]:
+    """A mirror as it stands, with the end of its log and the ids of its scans. Who asked is told by number alone."""
+    spec = record.spec
+    return filled(
+        {
+            "mirrorId": record.build_id,
+            "digest": record.digest,
+            "sourceImage": spec.source_image,
+            "targetImage": spec.target_image,
+            "platform": spec.platform,
+            "creationTime": format_instant(record.created),
+            "offsetId": "Z",
+            "userId": spec.identity.user_id,
+            **scan_ids(scans),
+            "status": "PENDING" if record.phase != "done" else "COMPLETED",
+            "duration": _duration(record),
+            "exitCode": record.exit_status,
+            "logs": (log or b"")[-_MAX_LOG_BYTES:].decode(errors="replace"),
             "reason": record.reason,
         }
     )

@@ -30,11 +30,12 @@ from api.identities import Identities, claims_of
 from api.includes import fetch_layers
 from api.inspection import explained
 from api.locations import OpenHosts
+from api.mirroring import Mirroring
 from api.orders import Orders
 from api.planning import wants_build
 from api.registries import Registries
 from api.replies import json_reply
-from api.rules import check_rules, check_supported
+from api.rules import check_known, check_rules, check_supported
 from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
@@ -72,6 +73,7 @@ class Containers:
         hosts: OpenHosts,
         orders: Orders,
         scans: ScanOrders,
+        mirroring: Mirroring,
         *,
         public_url: str,
         lifetime_s: float,
@@ -84,6 +86,7 @@ class Containers:
         self._hosts = hosts
         self._orders = orders
         self._scans = scans
+        self._mirroring = mirroring
         self._public_url = public_url
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
@@ -165,7 +168,8 @@ class Containers:
             return Response(status_code=404)
         build = await self._find_build(record)
         if record.request.build_id and build is None:
-            return json_reply({"message": f"Missing container build record with id: {record.request.build_id}"}, 404)
+            kind, build_id = "mirror" if record.request.mirror else "build", record.request.build_id
+            return json_reply({"message": f"Missing container {kind} record with id: {build_id}"}, 404)
         scans = await self._find_scans(record.request, build)
         for scan_id, scan in zip(record.request.scan_ids, scans, strict=False):
             if scan is None:
@@ -224,6 +228,7 @@ class Containers:
         check_supported(submission, scans=self._scans.enabled)
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, request.headers.get("authorization", ""))
+        check_known(submission, identity)
         wanted, built = await self._resolve(submission, identity, client_address(request))
         token = await self._record(wanted)
         headers = _CONDA_FILE_WARNING if submission.conda_file and not legacy else None
@@ -256,6 +261,8 @@ class Containers:
             created=now,
             expires=now + self._lifetime_s,
         )
+        if submission.mirror:
+            return await self._mirror(submission, wanted)
         return await self._order(submission, wanted) if is_built else (await self._check_image(wanted), None)
 
     async def _check_image(self, wanted: ContainerRequest) -> ContainerRequest:
@@ -281,6 +288,20 @@ class Containers:
             scan_ids=await self._scan(spec, built, submission, wanted),
         )
         return asked, built
+
+    async def _mirror(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
+        """The same for the copy that is made of its image, and how far that is."""
+        spec = self._mirroring.plan(submission, wanted)
+        made = await self._mirroring.place(spec, dry_run=wanted.dry_run)
+        asked = replace(
+            wanted,
+            image=spec.image,
+            build_id=made.build_id,
+            build_new=bool(made.build_id) and not made.cached,
+            mirror=True,
+            scan_ids=await self._scan(spec, made, submission, wanted) if wanted.scan_mode else (),
+        )
+        return asked, made
 
     async def _scan(
         self, spec: BuildSpec, built: Outcome, submission: Submission, wanted: ContainerRequest

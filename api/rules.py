@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 from api.schema import PackagesSpec, Submission
 from wave_proxy.errors import NotImplementedHere, RequestInvalid
+from wave_proxy.image.mirror import target_registry
 from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import parse_reference
+from wave_proxy.image.request import Identity
 
 _MULTI_PLATFORM = ["linux/amd64", "linux/arm64"]
 _PIXI = "conda/pixi:v1"
@@ -26,11 +28,17 @@ def check_rules(request: Submission, *, legacy: bool) -> None:
 
 
 def check_supported(request: Submission, *, scans: bool = False) -> None:
-    """Raises NotImplementedHere, in the service's own words, for what takes a mirror, or a scan where it has none."""
+    """Raises NotImplementedHere, in the service's own words, for what takes a scan where there are none."""
     if request.scan_mode in ("async", "required") and not scans:
         raise not_enabled("Security scan", "scan")
-    if request.mirror:
-        raise not_enabled("Container mirror", "mirror")
+
+
+def check_known(request: Submission, identity: Identity) -> None:
+    """Raises RequestInvalid for what nobody may ask for without saying who he is. Source: ``wave.md`` §4.4."""
+    if request.mirror and not (identity.email or identity.access_token):
+        raise RequestInvalid(
+            "Container mirroring requires an authenticated request - specify the tower token attribute"
+        )
 
 
 def not_enabled(service: str, key: str) -> NotImplementedHere:
@@ -47,8 +55,6 @@ def _mirror_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
         yield "Container mirroring requires the use of v2 API"
     if not request.container_image:
         yield "Attribute `containerImage` is required when specifying `mirror` mode"
-    if not request.tower_access_token:
-        yield "Container mirroring requires an authenticated request - specify the tower token attribute"
     conflicts = {
         "freeze": request.freeze,
         "containerFile": request.container_file,
@@ -60,14 +66,10 @@ def _mirror_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
             yield f"Attribute `mirror` and `{name}` conflict each other"
     if not request.build_repository:
         yield "Attribute `buildRepository` is required when specifying `mirror` mode"
-    elif request.container_image and _registry_of(request.build_repository) == _registry_of(request.container_image):
+    elif request.container_image and (
+        target_registry(request.build_repository) == parse_reference(request.container_image).registry
+    ):
         yield f"Source and target mirror registry are the same - offending value '{request.build_repository}'"
-
-
-def _registry_of(name: str) -> str:
-    """The registry of an image name, or of a mirror's target, which may be a host alone."""
-    is_host = "/" not in name and "." in name.partition(":")[0]
-    return parse_reference(f"{name}/image" if is_host else name).registry
 
 
 def _source_rules(request: Submission, *, legacy: bool) -> Iterator[str]:

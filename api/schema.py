@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.locations import OpenHosts, blob_digest, check_location
 from wave_proxy.errors import RequestInvalid, clip
+from wave_proxy.image.mirror import is_registry_alone
 from wave_proxy.image.oci import MAX_BLOB_BYTES, parse_digest, parse_platforms
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, Layer
@@ -107,11 +108,13 @@ def _check_repository(text: str, label: str, *, may_be_host: bool = False) -> No
     shown = f"offending value: '{text[:200]}'"
     if "://" in text:
         raise RequestInvalid(f"{label} should not include any protocol prefix - {shown}")
+    if may_be_host:
+        text = text.rstrip("/")
+        if is_registry_alone(text):
+            return
     head, slash, last = text.rpartition("/")
     name, suffix, _ = last.replace("@", ":").partition(":")
     is_host = not slash and "." in name
-    if is_host and may_be_host:
-        return
     try:
         parse_reference(f"{head}{slash}{name}")
     except RequestInvalid:

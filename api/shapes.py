@@ -298,6 +298,36 @@ class BuildStatus(TypedDict):
     """Why it failed."""
 
 
+# --- mirrors ---------------------------------------------------------------------------------------------------------
+
+
+@_answer
+class Mirror(TypedDict):
+    """A mirror as it stands."""
+
+    mirrorId: str
+    digest: NotRequired[str]
+    """Of the manifest, at the source and at the target; there once it has succeeded."""
+    sourceImage: str
+    targetImage: str
+    platform: NotRequired[str]
+    """Missing, as all platforms are copied."""
+    creationTime: Instant
+    """When it was asked for."""
+    offsetId: str
+    userId: NotRequired[int]
+    scanId: NotRequired[str]
+    status: Literal["PENDING", "COMPLETED"]
+    duration: NotRequired[Seconds]
+    """From the request to the end; there once it is done."""
+    exitCode: NotRequired[int]
+    """0 is success; there once it is done."""
+    logs: NotRequired[str]
+    """The end of the log, as far as there is one."""
+    reason: NotRequired[str]
+    """Why it failed."""
+
+
 # --- scans -----------------------------------------------------------------------------------------------------------
 
 

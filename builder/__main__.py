@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from secrets import token_hex
 
 import structlog
@@ -17,6 +18,7 @@ from builder.engines.missing import MissingEngine
 from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
+from builder.mirror import Mirrors
 from builder.pipeline import Pipeline
 from builder.work import Works
 from builder.worker import Worker
@@ -27,7 +29,7 @@ from wave_proxy.logs import configure
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.upstream.credentials import Login
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_own
@@ -72,7 +74,9 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
         await store.abandon(build_id, attempt)
     engine = await _engine(settings, egress)
     lending = Lending(tokens, settings.authority)
-    works = Works({"build": Pipeline(engine, workspaces, registry, lending, credentials)})
+    builds = Pipeline(engine, workspaces, registry, lending, credentials)
+    mirrors = Mirrors(workspaces, registry, lending, partial(Registry, egress, Credentials({})))
+    works = Works({"build": builds, "mirror": mirrors})
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
     return Worker(store, works, name, slots=settings.build.slots or settings.build.max_running)
 

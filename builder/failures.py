@@ -24,11 +24,12 @@ class BuildFailed(Exception):
         self.exit_status = exit_status or 1
 
 
-def timed_out(timeout_s: float) -> BuildFailed:
-    """The failure of a build that took longer than it may."""
+def timed_out(timeout_s: float, kind: str = "build") -> BuildFailed:
+    """The failure of a job that took longer than it may; its limit is in the settings under the name of its kind."""
+    remedy = "make it smaller, or " if kind == "build" else ""
     return BuildFailed(
-        f"timed out: the build took longer than its limit of {timeout_s:g} s; make it smaller, "
-        "or have the operator raise [build] timeout",
+        f"timed out: the {kind} took longer than its limit of {timeout_s:g} s; {remedy}have the operator raise "
+        f"[{kind}] timeout",
         TIMED_OUT,
     )
 

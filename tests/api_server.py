@@ -17,8 +17,11 @@ from api.builds import Builds
 from api.containers import Containers
 from api.identities import Identities
 from api.inspections import Inspections
+from api.job_logs import JobLogs
 from api.locations import OpenHosts, address_of
 from api.metrics import UsageMetrics
+from api.mirroring import Mirroring, MirrorPlaces
+from api.mirrors import Mirrors
 from api.orders import Orders
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
@@ -114,12 +117,14 @@ class ApiServer:
             hosts,
             Orders(builds, planner, quotas, usage, enabled=self._builds),
             scans,
+            Mirroring(builds, registries, usage, MirrorPlaces(AUTHORITY, (self._build_repository,)), timeout_s=60.0),
             public_url=f"http://{AUTHORITY}",
             lifetime_s=self._lifetime_s,
             max_body_bytes=self._max_body_bytes,
         )
-        endpoints = Builds(builds, self._accounts, scans)
-        stack.push_async_callback(endpoints.close)
+        logs = JobLogs(builds, beat_s=0.05)
+        stack.push_async_callback(logs.close)
+        jobs = (Builds(builds, self._accounts, scans, logs), Mirrors(builds, self._accounts, scans, logs))
         inspections = Inspections(
             registries,
             identities,
@@ -128,7 +133,7 @@ class ApiServer:
             max_body_bytes=self._max_body_bytes,
         )
         scan_endpoints = Scans(builds, reports, enabled=self._scans)
-        others = (endpoints, scan_endpoints, inspections, UsageMetrics(usage, self._accounts))
+        others = (*jobs, scan_endpoints, inspections, UsageMetrics(usage, self._accounts))
         return create_app(containers, others, partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:

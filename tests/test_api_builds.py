@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from api.builds import Builds
-from api.scan_orders import ScanOrders
 from api.tails import WINDOW_BYTES
 from tests.api_server import ApiServer
 from tests.redis_faults import durable_redis
@@ -28,7 +26,6 @@ from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.request import Identity
 from wave_proxy.state.builds import BuildCancelled, BuildLimits, BuildStore, Claim, LeaseLost
 from wave_proxy.state.redis import connect
-from wave_proxy.state.scans import ScanReports
 
 ADMIN = {"Authorization": f"Basic {b64encode(b'admin:hunter2').decode()}"}
 ACCOUNTS = {"admin": f"sha256:{sha256(b'hunter2').hexdigest()}"}
@@ -37,20 +34,13 @@ DIGEST = f"sha256:{'d' * 64}"
 
 
 class Server(ApiServer):
-    """One whose followers of a quiet log hear from it often."""
+    """One whose event loop tests look at."""
 
     loop: asyncio.AbstractEventLoop
 
     def _compose(self, stack: AsyncExitStack) -> Starlette:
         self.loop = asyncio.get_running_loop()
-        app = super()._compose(stack)
-        redis = connect(self._redis_url)
-        store = BuildStore(redis, BuildLimits(4))
-        builds = Builds(store, self._accounts, ScanOrders(store, ScanReports(redis)), beat_s=0.05)
-        stack.push_async_callback(redis.aclose)
-        stack.push_async_callback(builds.close)
-        app.router.routes[0:0] = builds.routes
-        return app
+        return super()._compose(stack)
 
 
 @pytest.fixture(scope="module")

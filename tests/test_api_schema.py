@@ -10,7 +10,7 @@ from api.answers import described, filled, format_instant, format_seconds, parse
 from api.body import MAX_COMMAS, decode_object
 from api.locations import MAX_URL_CHARS, OpenHosts, check_location
 from api.planning import wants_build
-from api.rules import check_rules, check_supported
+from api.rules import check_known, check_rules, check_supported
 from api.schema import (
     MAX_ARGUMENT_BYTES,
     MAX_ITEMS,
@@ -23,7 +23,7 @@ from api.schema import (
 )
 from bench.images import layer
 from wave_proxy.errors import NotImplementedHere, RequestInvalid
-from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.state.tokens import TokenRecord
 
 HEX = "0123456789abcdef" * 4
@@ -392,7 +392,8 @@ def test_repositories_that_are_accepted(value: str) -> None:
 
 
 def test_a_mirrors_target_may_be_a_registry_alone() -> None:
-    assert parse(mirror=True, buildRepository="foo.com").build_repository == "foo.com"
+    for place in ("foo.com", "foo.com/", "localhost:5000", "foo.com/lib/"):
+        assert parse(mirror=True, buildRepository=place).build_repository == place
     assert "protocol prefix" in refusal(mirror=True, buildRepository="http://foo.com")
     assert "tag suffix" in refusal(mirror=True, buildRepository="foo.com/a:b")
 
@@ -722,12 +723,6 @@ CONFLICTS: list[tuple[str, bool, dict[str, Any], str]] = [
         "Attribute `containerImage` is required when specifying `mirror` mode",
     ),
     (
-        "mirror without token",
-        False,
-        {**MIRROR, "towerAccessToken": None},
-        "Container mirroring requires an authenticated request - specify the tower token attribute",
-    ),
-    (
         "mirror and freeze",
         False,
         {**MIRROR, "freeze": True},
@@ -775,16 +770,29 @@ def test_conflicts(legacy: bool, attributes: dict[str, Any], message: str) -> No
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    "identity",
+    [
+        pytest.param(Identity(7, "ada@site.test"), id="of the operator's own"),
+        pytest.param(Identity(access_token="t"), id="of a Platform"),
+    ],
+)
+def test_who_is_known_may_mirror(identity: Identity) -> None:
+    check_known(parse(**MIRROR), identity)
+    with pytest.raises(RequestInvalid, match="Container mirroring requires an authenticated request - specify the "):
+        check_known(parse(**MIRROR), Identity(endpoint="https://api.cloud.seqera.io"))
+    check_known(parse(containerImage="a"), Identity())
+
+
 def test_all_conflicts_are_named_at_once() -> None:
     with pytest.raises(RequestInvalid) as caught:
         check_rules(parse(mirror=True, freeze=True, containerConfig={"cmd": "a"}), legacy=False)
-    assert str(caught.value).count("; ") == 4
+    assert str(caught.value).count("; ") == 3
 
 
 @pytest.mark.parametrize(
     ("attributes", "key"),
     [
-        pytest.param(MIRROR, "mirror", id="mirror"),
         pytest.param({"containerImage": "a", "scanMode": "async"}, "scan", id="scan"),
         pytest.param({"containerFile": "YQ==", "scanMode": "required"}, "scan", id="scan of a build"),
     ],

@@ -176,7 +176,7 @@ async def test_what_passes_is_tried_again(layout: Path, status: int) -> None:
 
 
 async def test_what_does_not_pass_ends_it(layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wave_proxy.upstream.publish._FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("wave_proxy.upstream.patience._FIRST_PAUSE_S", 0.001)
     async with target(statuses=[("PUT manifests", 500, {})] * 6) as to:
         with pytest.raises(UpstreamUnavailable, match="fails to take the manifest of"):
             await publish_to(to, layout)
@@ -230,7 +230,7 @@ async def test_digest_of_another_image_is_refused(layout: Path) -> None:
 
 
 async def test_limit_longer_than_patience_is_told(layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wave_proxy.upstream.publish._ATTEMPTS", 1)
+    monkeypatch.setattr("wave_proxy.upstream.patience._ATTEMPTS", 1)
     async with target(statuses=[("POST uploads", 429, {"Retry-After": "60"})]) as to:
         with pytest.raises(TooManyRequests) as caught:
             await publish_to(to, layout)

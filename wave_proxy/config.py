@@ -316,6 +316,13 @@ class BuildSettings(_Section):
     )
 
 
+class MirrorSettings(_Section):
+    """Copies of images in other registries (`mirror` in a container request), made by the builder."""
+
+    enabled: bool = Field(True, description="`false`: requests for mirrors are refused with 501.")
+    timeout: Duration = Field(1200.0, description="Limit on one mirror, from its start to the pushed image.")
+
+
 class ScanSettings(_Section):
     """Security scans, by the program `trivy` on the builder's machine: [docs/scans.md](scans.md)."""
 
@@ -450,6 +457,7 @@ class Settings(BaseModel):
     log: LogSettings = LogSettings.model_construct()
     quota: QuotaSettings = QuotaSettings.model_construct()
     build: BuildSettings = BuildSettings.model_construct()
+    mirror: MirrorSettings = MirrorSettings.model_construct()
     scan: ScanSettings = ScanSettings.model_construct()
     local: LocalSettings = LocalSettings.model_construct()
     platform: PlatformSettings = PlatformSettings.model_construct()

@@ -207,8 +207,8 @@ def read_manifest(content: bytes, media_type: str) -> Manifest:
         raise UpstreamError(f"manifest says it is {clip(own_type)} and was sent as {clip(media_type)}")
     if media_type in INDEX_TYPES:
         return Manifest(media_type, None, (), tuple(_read_entry(e) for e in _array(document, "manifests")))
-    layers = tuple(_read_descriptor(layer, "layer") for layer in _array(document, "layers"))
-    return Manifest(media_type, _read_descriptor(document.get("config"), "config"), layers, ())
+    layers = tuple(read_descriptor(layer, "layer") for layer in _array(document, "layers"))
+    return Manifest(media_type, read_descriptor(document.get("config"), "config"), layers, ())
 
 
 def _array(document: dict[str, Any], key: str) -> list[Any]:
@@ -220,7 +220,8 @@ def _array(document: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _read_descriptor(value: Any, what: str) -> Descriptor:
+def read_descriptor(value: Any, what: str) -> Descriptor:
+    """A descriptor out of a manifest. Raises UpstreamError that names ``what`` it is of the manifest."""
     match value:
         case {"digest": str(digest), "size": int(size), **rest} if 0 <= size <= MAX_BLOB_BYTES:
             try:
@@ -233,7 +234,7 @@ def _read_descriptor(value: Any, what: str) -> Descriptor:
 
 
 def _read_entry(value: Any) -> IndexEntry:
-    descriptor = _read_descriptor(value, "entry")
+    descriptor = read_descriptor(value, "entry")
     match value.get("platform"):
         case {"os": str(os), "architecture": str(architecture), **rest}:
             variant = rest.get("variant")

@@ -103,7 +103,8 @@ class ContainerRequest:
     epoch seconds.
 
     An image that is built has a ``build_id``; ``build_new`` says that the build was begun for this request. With
-    ``freeze`` clients pull the image by its own name, not by the token. Pulls of our own builder are ``uncounted``.
+    ``freeze`` clients pull the image by its own name, not by the token, as they do one that is copied (``mirror``).
+    Pulls of our own builder are ``uncounted``.
 
     An image that is scanned has ``scan_ids``: one, or one for each of its platforms. With the ``scan_mode`` "required"
     it is ready no sooner than these have found nothing but severities of ``scan_levels``.
@@ -121,12 +122,18 @@ class ContainerRequest:
     build_id: str = ""
     build_new: bool = False
     freeze: bool = False
+    mirror: bool = False
     uncounted: bool = False
     scan_ids: tuple[str, ...] = ()
     scan_mode: str = ""
     scan_levels: tuple[str, ...] = ()
     created: float = 0.0
     expires: float = 0.0
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether clients pull the image by its own name, and the token is for its status only."""
+        return self.freeze or self.mirror
 
 
 def request_to_json(request: ContainerRequest) -> dict[str, Any]:

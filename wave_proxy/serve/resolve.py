@@ -86,7 +86,7 @@ class Resolver:
         if known is None or time() >= known.request.expires or known.image.repository != route.repository:
             raise unknown_token(route.token)
         image = known.image
-        if known.request.freeze:
+        if known.request.is_durable:
             raise NameUnknown(f"This container is not pulled by its token, but by its own name: {known.request.image}")
         return Target(image.registry, image.repository, _reference(route, image), route.token, known.request)
 

@@ -1,7 +1,6 @@
 """Pushing an image to a registry: only what that lacks, and the manifest when all that it names is there."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,8 @@ from wave_proxy.errors import (
     ContentMismatch,
     Denied,
     NameUnknown,
-    Offline,
     TooManyRequests,
     UpstreamError,
-    UpstreamFailing,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -27,13 +24,11 @@ from wave_proxy.image.oci import Descriptor
 from wave_proxy.image.reference import Reference
 from wave_proxy.upstream.egress import Body
 from wave_proxy.upstream.layout import Content, read_blob_file, read_layout
+from wave_proxy.upstream.patience import patiently
 from wave_proxy.upstream.registry import PushRequest, Registry
 
 T = TypeVar("T")
 
-_ATTEMPTS = 6
-_FIRST_PAUSE_S = 0.25
-_MAX_PAUSE_S = 15.0
 _PARALLEL = 3
 
 _CREATED = frozenset({201})
@@ -49,6 +44,9 @@ OpenBlob = Callable[[Descriptor, int], AsyncIterable[bytes]]
 """Gives a blob's bytes from an offset on."""
 
 Say = Callable[[str], None]
+
+OnBlob = Callable[[Descriptor, bool], None]
+"""Is told of each blob that the registry has now, and whether it was sent for that."""
 
 
 async def publish(registry: Registry, layout: Path, reference: Reference, *, on_progress: Say) -> str:
@@ -71,6 +69,7 @@ async def push(
     reference: Reference,
     *,
     on_progress: Say,
+    on_blob: OnBlob | None = None,
     mount_from: Mapping[str, str] | None = None,
 ) -> str:
     """Push an image whose blobs come from ``open_blob``; returns its digest. ``on_progress`` is told in words.
@@ -79,7 +78,7 @@ async def push(
     tried again, after the time that the registry asks for; an upload that broke off goes on where the registry says.
     Raises Denied, NameUnknown, TooManyRequests, UpstreamError, UpstreamUnavailable, UpstreamTimeout.
     """
-    return await _Push(registry, reference, open_blob, on_progress, mount_from or {}).run(content)
+    return await _Push(registry, reference, open_blob, on_progress, on_blob, mount_from or {}).run(content)
 
 
 # --- pushing -----------------------------------------------------------------------------------------------------
@@ -101,6 +100,7 @@ class _Push:
         target: Reference,
         open_blob: OpenBlob,
         say: Say,
+        on_blob: OnBlob | None,
         mount_from: Mapping[str, str],
     ) -> None:
         self._registry = registry
@@ -108,6 +108,7 @@ class _Push:
         self._name = f"{target.registry}/{target.repository}"
         self._open = open_blob
         self._say = say
+        self._on_blob = on_blob
         self._mount_from = mount_from
         self._by_patch = False  # the registry does not take a blob with a single PUT
         self._slots = asyncio.Semaphore(_PARALLEL)
@@ -148,12 +149,13 @@ class _Push:
     async def _put_blob(self, blob: Descriptor) -> None:
         name = f"{blob.digest[:19]} ({blob.size / 1e6:.1f} MB)"
         async with self._slots:
-            if await self._patiently(name, lambda: self._has(blob)):
-                self._say(f"{name} is there already")
-                return
-            self._say(f"{name} is sent")
-            upload = _Upload(blob)
-            await self._patiently(name, lambda: self._send(upload))
+            is_there = await self._patiently(name, lambda: self._has(blob))
+            self._say(f"{name} is {'there already' if is_there else 'sent'}")
+            if not is_there:
+                upload = _Upload(blob)
+                await self._patiently(name, lambda: self._send(upload))
+            if self._on_blob is not None:
+                self._on_blob(blob, not is_there)
 
     async def _has(self, blob: Descriptor) -> bool:
         request = self._request("HEAD", f"blobs/{blob.digest}", f"{self._name}@{blob.digest}")
@@ -272,27 +274,9 @@ class _Push:
         return PushRequest(method, place.registry, place.repository, target, what, headers or {}, body, mount)
 
     async def _patiently(self, what: str, operation: Callable[[], Awaitable[T]]) -> T:
-        """What ``operation`` brings; tried again when it fails for a reason that passes."""
-        attempt = 1
-        while True:
-            try:
-                return await operation()
-            except (UpstreamUnavailable, UpstreamTimeout, TooManyRequests) as err:
-                if attempt >= _ATTEMPTS or isinstance(err, Offline):
-                    raise
-                pause_s = _pause_s(err, attempt)
-                self._say(f"{what}: {err}; trying again in {pause_s:.1f} s")
-            await asyncio.sleep(pause_s)
-            attempt += 1
+        return await patiently(what, operation, self._say)
 
 
 def _with_digest(upload: _Upload) -> str:
     mark = "&" if "?" in upload.location else "?"
     return f"{upload.location}{mark}digest={quote(upload.blob.digest, safe='')}"
-
-
-def _pause_s(err: Exception, attempt: int) -> float:
-    if isinstance(err, TooManyRequests | UpstreamFailing) and err.retry_after_s is not None:
-        return err.retry_after_s
-    pause_s: float = min(_FIRST_PAUSE_S * 2.0**attempt, _MAX_PAUSE_S)
-    return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries, hides nothing

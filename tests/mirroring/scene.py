@@ -1,0 +1,87 @@
+"""The whole program with users, a registry to mirror from and one to mirror to; there is no engine for builds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from bench.upstream import Upstream
+from tests.identified import issue
+from tests.mirroring.watched import Watched
+from tests.servers import WaveProxy, distribution, redis_server
+
+PATIENCE_S = 60.0  # what takes longer hangs
+
+CONFIG = """
+[build]
+engine = "none"
+failure_memory = 0.5
+[accounts]
+admin = "sha256:f52fbd32b2b3b86ff88ef6c490628285f482af15ddcb29541f94bcf526a3f6c7"
+[log]
+requests = "failed"
+"""
+ADMIN = {"Authorization": "Basic YWRtaW46aHVudGVyMg=="}  # hunter2
+
+
+def until(holds: Callable[[], object], problem: Callable[[], str]) -> None:
+    """Return when that is so. Raises AssertionError when it takes too long."""
+    deadline = monotonic() + PATIENCE_S
+    while not holds():
+        assert monotonic() < deadline, problem()
+        sleep(0.02)
+
+
+@dataclass
+class Scene:
+    """``registry`` is the target's own address, ``target`` its front door, where everything that is sent is seen."""
+
+    wave: WaveProxy
+    source: Upstream
+    target: Watched
+    registry: str
+    token: str
+
+    def submit(self, image: str, place: str, **attributes: Any) -> dict[str, Any]:
+        """The answer to a request to mirror an image of the source to a registry or repository."""
+        body = {"containerImage": f"{self.source.address}/{image}", "mirror": True, "buildRepository": place}
+        return self.wave.submit(**{**body, "towerAccessToken": self.token, **attributes})
+
+    def record(self, mirror_id: str) -> dict[str, Any]:
+        """The mirror as it stands."""
+        answer = self.wave.request("GET", f"/v1alpha1/mirrors/{mirror_id}")
+        assert answer.status == 200, f"{mirror_id}: {answer.status}"
+        document: dict[str, Any] = answer.json()
+        return document
+
+    def log(self, mirror_id: str) -> str:
+        """The mirror's log, as far as there is one."""
+        answer = self.wave.request("GET", f"/v1alpha1/mirrors/{mirror_id}/logs")
+        return answer.body.decode() if answer.status == 200 else ""
+
+    def ended(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The mirror when it has ended."""
+        mirror_id = answer["buildId"]
+        until(lambda: self.record(mirror_id)["status"] == "COMPLETED", lambda: self.log(mirror_id))
+        return self.record(mirror_id)
+
+    def mirrored(self, image: str, place: str, **attributes: Any) -> dict[str, Any]:
+        """The mirror when it has succeeded. Raises AssertionError with its log."""
+        found = self.ended(self.submit(image, place, **attributes))
+        assert found["exitCode"] == 0, found["logs"]
+        return found
+
+
+@contextmanager
+def open_scene(tmp: Path, config: str = "", **members: Any) -> Iterator[Scene]:
+    """Start everything. ``config`` is TOML that is added, ``members`` are those of the source."""
+    with ExitStack() as stack:
+        redis = stack.enter_context(redis_server(tmp))
+        source = stack.enter_context(Upstream(**members))
+        registry = stack.enter_context(distribution(tmp))
+        target = stack.enter_context(Watched(registry))
+        known = (source.address, target.address)
+        wave = stack.enter_context(WaveProxy(tmp / "wave", config=CONFIG + config, upstreams=known, redis=redis))
+        yield Scene(wave, source, target, registry, issue(redis, "ada@site.test"))
