@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wave_proxy.errors import RequestInvalid
+from api.schema import Claiming
+from wave_proxy.errors import PairingMissing, RequestInvalid
 from wave_proxy.image.request import Identity
 from wave_proxy.state.identities import AccessToken, AccessTokens, is_ours
 
@@ -24,20 +25,7 @@ class Claims:
     workflow_id: str = ""
 
 
-class _Claiming(Protocol):
-    """A request body that has the members of a claim."""
-
-    @property
-    def tower_access_token(self) -> str | None: ...
-    @property
-    def tower_refresh_token(self) -> str | None: ...
-    @property
-    def tower_endpoint(self) -> str | None: ...
-    @property
-    def tower_workspace_id(self) -> int | None: ...
-
-
-def claims_of(body: _Claiming, workflow_id: str | None = None) -> Claims:
+def claims_of(body: Claiming, workflow_id: str | None = None) -> Claims:
     """The claims in a request's body, with the Platform's endpoint as it is called today."""
     endpoint = body.tower_endpoint or DEFAULT_ENDPOINT
     for old, new in _RENAMED.items():
@@ -58,7 +46,8 @@ class PlatformUsers(Protocol):
         """The user whose ``claims.access_token`` it is, with ``access_token`` and ``endpoint`` set.
 
         ``bearer`` is the token of the request's header, or empty: Nextflow puts a new one there when it has refreshed
-        the one that the body still holds. Raises Unauthorized, or what a Platform out of reach makes of it.
+        the one that the body still holds. Raises PairingMissing, Unauthorized, and what comes of a Platform out of
+        reach.
         """
 
 
@@ -78,8 +67,8 @@ class Identities:
 
         The body's token decides; without one, an access token of ours in the header does, and any other bearer there is
         none of our business: clients send it with every request. A token of ours goes to no Platform.
-        Raises AccessTokenRefused; RequestInvalid for who has to be known and is not, or for a token of a Platform that
-        is not known here; and what the Platform raises.
+        Raises AccessTokenRefused; PairingMissing; RequestInvalid for who has to be known and is not; and what the
+        Platform raises.
         """
         bearer = bearer_of(authorization)
         token = claims.access_token or (bearer if is_ours(bearer) else "")
@@ -87,7 +76,7 @@ class Identities:
             return _local(await self._tokens.check(token), claims)
         if token:
             if self._platform is None:
-                raise RequestInvalid(f"Missing pairing record for Tower endpoint '{claims.endpoint[:200]}'")
+                raise PairingMissing(claims.endpoint)
             return await self._platform.identify(claims, bearer)
         if not self._anonymous:
             raise RequestInvalid("Missing user access token")

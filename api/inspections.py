@@ -22,9 +22,10 @@ from api.registries import Registries
 from api.replies import json_reply
 from api.schema import Claiming, Text, parse_body
 from api.shapes import Inspected
-from wave_proxy.errors import RequestInvalid, clip
+from wave_proxy.errors import PairingMissing, RequestInvalid, clip
 from wave_proxy.image.oci import CONFIG_TYPES, Manifest, Platform, parse_platforms, read_json_object, read_manifest
 from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.image.request import Identity
 from wave_proxy.image.schema1 import SCHEMA1_TYPES, config_of, unsigned_digest
 from wave_proxy.upstream.egress import Endpoint, authority_of, endpoint_for
 from wave_proxy.upstream.registry import FetchedManifest, Registry
@@ -78,12 +79,20 @@ class Inspections:
         if asked.container_image is None:
             raise RequestInvalid("Missing 'containerImage' attribute")
         platform = _platform(request.query_params.get("platform", ""))
-        identity = await self._identities.identify(claims_of(asked), request.headers.get("authorization", ""))
+        identity = await self._identify(asked, request.headers.get("authorization", ""))
         image = parse_reference(asked.container_image)
         shown = host_name(image.registry, self._endpoints, self._public_url)
         with explained(image):
             registry = await self._registries.open(identity, image)
             return json_reply(await _inspect(registry, image, platform, shown))
+
+    async def _identify(self, asked: InspectSpec, authorization: str) -> Identity:
+        try:
+            return await self._identities.identify(claims_of(asked), authorization)
+        except PairingMissing as err:  # in the words of ``wave.md`` §9.1
+            raise RequestInvalid(
+                f"Tower instance '{err.endpoint[:200]}' has not enabled to connect Wave service '{self._public_url}'"
+            ) from None
 
 
 def host_name(registry: str, endpoints: Mapping[str, Endpoint], own: str) -> str:

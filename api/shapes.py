@@ -119,7 +119,7 @@ class SubmittedLegacy(TypedDict):
 
 @_answer
 class User(TypedDict):
-    """A user of the Platform."""
+    """A known user: of this server or of a Platform."""
 
     id: int
 

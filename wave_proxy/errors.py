@@ -8,6 +8,7 @@
     │   ├── ManifestInvalid      400  MANIFEST_INVALID: a pushed manifest that breaks a rule
     │   ├── UploadInvalid        400  BLOB_UPLOAD_INVALID: a part of an upload that breaks a rule
     │   │   └── UploadOutOfOrder 416  BLOB_UPLOAD_INVALID: not the part that comes next
+    │   ├── PairingMissing       400  an access token of a Platform that this server is not paired with
     │   └── BodyTooLarge         413  SIZE_INVALID
     ├── Unauthorized             401  on the API, and for a push: who pulls is never asked for a password
     │   └── AccessTokenRefused   401  an access token of ours that is wrong, expired or revoked
@@ -100,6 +101,14 @@ class UploadOutOfOrder(UploadInvalid):
     def __init__(self, message: str, received: int) -> None:
         super().__init__(message)
         self.received = received
+
+
+class PairingMissing(RequestInvalid):
+    """The access token of a Platform, at ``endpoint``, that this server is not paired with."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(f"Missing pairing record for Tower endpoint '{endpoint[:200]}'")
+        self.endpoint = endpoint
 
 
 class BodyTooLarge(RequestInvalid):
