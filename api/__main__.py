@@ -49,9 +49,10 @@ from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, Endpoint
 from wave_proxy.upstream.registry import Registry
-from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_own
+from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
 
 # Connections from the proxy are reused; it should be the one to close them.
 _KEEP_ALIVE_S = 300
@@ -107,9 +108,10 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     stack.push_async_callback(redis.aclose)
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
-    registries = Registries(_registry(settings, endpoints, stack))
+    credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
+    registries = Registries(_registry(settings, endpoints, stack), credentials, f"{settings.authority}/local")
     identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
-    tokens = TokenStore(redis, settings.tokens.retention)
+    tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
     scans = _scans(settings.scan, builds, reports)
@@ -151,7 +153,7 @@ def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncEx
         offline=settings.upstream.offline,
     )
     stack.push_async_callback(egress.close)
-    registry = Registry(egress, read_credentials(settings.registries), attempts=settings.upstream.attempts)
+    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
     return registry
 

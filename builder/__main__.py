@@ -29,10 +29,10 @@ from wave_proxy.logs import configure
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
-from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.registry import Registry
-from wave_proxy.upstream.tables import read_credentials, read_endpoints, with_own
+from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
 
 log = structlog.get_logger()
 
@@ -62,9 +62,7 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
         offline=settings.upstream.offline,
     )
     stack.push_async_callback(egress.close)
-    secret = settings.build.secret.get_secret_value()
-    own = {settings.authority: Login("_builder", secret)} if secret else {}
-    credentials = read_credentials(settings.registries, own)
+    credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
     registry = Registry(egress, credentials, attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
     tokens = TokenStore(redis, settings.tokens.retention)

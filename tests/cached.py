@@ -17,6 +17,7 @@ from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.lead import Opener
 from wave_proxy.cache.local import LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore
+from wave_proxy.cache.permissions import Permissions
 from wave_proxy.cache.repositories import OpenBlob, Repositories
 from wave_proxy.cache.tags import Tags
 from wave_proxy.upstream.registry import Registry
@@ -66,6 +67,7 @@ async def worker(
     response_timeout_s: float = 30.0,
     idle_timeout_s: float = 30.0,
     parallel: int = 1,
+    permission_ttl_s: float = 300.0,
 ) -> AsyncIterator[Worker]:
     """A worker over ``root``; when the test is through with it, no fill and no answer of an upstream may be left."""
     async with registry_at(
@@ -75,7 +77,8 @@ async def worker(
         grants, tags = Grants(root), Tags(root, ttl_s)
         fills = Fills(root, blobs, evictor, grants)
         local = LocalRepositories(root, blobs, AUTHORITY)
-        repositories = Repositories(registry, tags, ManifestStore(root), blobs, fills, grants, local)
+        permissions = Permissions(root, permission_ttl_s)
+        repositories = Repositories(registry, tags, ManifestStore(root), blobs, fills, grants, permissions, local)
         try:
             yield Worker(root, registry, blobs, evictor, fills, tags, repositories, local)
         finally:

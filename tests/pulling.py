@@ -16,14 +16,17 @@ from tests.servers import PulledImage, Response, http_request, pull
 from wave_proxy.cache.uploads import Uploads
 from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.serve.access import Access
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.lifetimes import Lifetimes
 from wave_proxy.serve.login import Logins
 from wave_proxy.serve.origin import ClientAddress
+from wave_proxy.serve.platform_logins import PlatformLogins
 from wave_proxy.serve.pull import Puller
 from wave_proxy.serve.push import Pusher
 from wave_proxy.serve.ready import ReadyReplies
@@ -36,6 +39,7 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import cancel, connect
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import unix_session
 
 
@@ -79,27 +83,43 @@ async def port(
     limits: Mapping[tuple[str, bool], Limit | None] | None = None,
     wait_s: float = 0.0,
     trusted: Sequence[str] = (),
+    credentials: Credentials | None = None,
+    permission_ttl_s: float = 300.0,
+    lifetime_s: float = 0.0,
 ) -> AsyncIterator[Port]:
-    """A worker over ``root``; when the test is through with it, nothing of it may be left."""
+    """A worker over ``root``; when the test is through with it, nothing of it may be left.
+
+    A token that is pulled has its end moved on by ``lifetime_s``, unless that is 0.
+    """
     async with AsyncExitStack() as stack:
         redis = connect(redis_url)
         stack.push_async_callback(redis.aclose)
         tokens = TokenStore(redis)
         one = await stack.enter_async_context(
-            worker(root, *upstreams, ttl_s=ttl_s, response_timeout_s=response_timeout_s)
+            worker(
+                root,
+                *upstreams,
+                ttl_s=ttl_s,
+                response_timeout_s=response_timeout_s,
+                permission_ttl_s=permission_ttl_s,
+            )
         )
         quotas, usage, stats = Quotas(redis, limits or {}, wait_s=wait_s), Usage(redis), RequestStats()
         ready = ReadyReplies(quotas, usage, stats, one.local.changes)
-        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready, AUTHORITY)
+        platform_logins = PlatformLogins(unix_session(str(root / "no-api.sock")))
+        stack.push_async_callback(platform_logins.close)
+        access = Access(credentials or Credentials({}), platform_logins, AUTHORITY)
+        augmenter, resolver = Augmenter(one.repositories, tokens), Resolver(tokens, ready, access, AUTHORITY)
         stack.push_async_callback(augmenter.close)
         stack.push_async_callback(resolver.close)
-        layers = Layers(one.repositories, one.registry, one.blobs, tokens)
+        layers = Layers(one.repositories, one.registry, one.blobs, tokens, access)
         holds = Holds(BuildStore(redis, BuildLimits(4)), 1.0)
         stack.push_async_callback(holds.close)
         uploads = Uploads(root, one.local, one.evictor, None)
         stack.callback(uploads.close)
         pusher = Pusher(one.local, uploads, Logins(Accounts({}), anonymous=True))
-        puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
+        lifetimes = Lifetimes(tokens, lifetime_s)
+        puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage, holds, pusher, lifetimes)
         forwarder = Forwarder(unix_session(str(root / "no-api.sock")), Tunnels(str(root / "no-api.sock")))
         stack.push_async_callback(forwarder.close)
         background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]

@@ -3,7 +3,9 @@
 import asyncio
 import http.client
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -211,15 +213,29 @@ async def test_token_errors_do_not_tell_why(upstream: Start, tmp_path: Path, red
     server = serving(upstream)
     async with port(tmp_path, redis_url, server) as place:
         name = f"{server.address}/{REPOSITORY}:1.0"
-        expired, deleted = await place.submit(name, lifetime_s=-1), await place.submit(name)
+        deleted = await place.submit(name)
         foreign, unknown = await place.submit(name), f"wt/{'f' * 32}"
         await place.tokens.delete(deleted.removeprefix("wt/"))
         told = set()
-        for prefix, repository in ((expired, REPOSITORY), (deleted, REPOSITORY), (foreign, "lib/x"), (unknown, "a/b")):
+        for prefix, repository in ((deleted, REPOSITORY), (foreign, "lib/x"), (unknown, "a/b")):
             status, code, message = error_of(await place.get(f"/v2/{prefix}/{repository}/manifests/1.0"))
             assert (status, code) == (404, "NAME_UNKNOWN")
             told.add(message.replace(prefix.removeprefix("wt/"), "TOKEN"))
         assert len(told) == 1
+
+
+async def test_an_ended_token_says_so(upstream: Start, tmp_path: Path, redis_url: str) -> None:
+    server = serving(upstream)
+    async with port(tmp_path, redis_url, server) as place:
+        expired = await place.submit(f"{server.address}/{REPOSITORY}:1.0", lifetime_s=-86400)
+        ended = f"{datetime.fromtimestamp(time() - 86400, UTC):%Y-%m-%d}"
+        for path in ("manifests/1.0", f"blobs/sha256:{'0' * 64}", "tags/list"):
+            status, code, message = error_of(await place.get(f"/v2/{expired}/{REPOSITORY}/{path}"))
+            assert (status, code) == (404, "NAME_UNKNOWN")
+            assert f"has expired: it ended on {ended}" in message
+            assert "Request the container again" in message
+        # Who does not know what it was for is told nothing.
+        assert "was never issued" in error_of(await place.get(f"/v2/{expired}/lib/other/manifests/1.0"))[2]
     assert server.log == []
 
 

@@ -18,6 +18,8 @@ from tests.servers import redis_server
 from wave_proxy.errors import DigestMismatch, NameUnknown, RequestInvalid, SizeMismatch, StateUnavailable
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.serve import resolve
+from wave_proxy.serve.access import Access
+from wave_proxy.serve.platform_logins import PlatformLogins
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.route import parse_route
@@ -28,6 +30,8 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, connect
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.egress import unix_session
 
 TOOL = layer({"bin/tool": "x" * 1000})
 OTHER = layer({"bin/other": "y"})
@@ -316,9 +320,18 @@ def no_replies(tokens: TokenStore) -> ReadyReplies:
 
 
 @asynccontextmanager
+async def nobodys_logins() -> AsyncIterator[Access]:
+    platform = PlatformLogins(unix_session("no-api.sock"))
+    try:
+        yield Access(Credentials({}), platform)
+    finally:
+        await platform.close()
+
+
+@asynccontextmanager
 async def following(url: str) -> AsyncIterator[Resolver]:
-    async with store(url) as tokens:
-        resolver = Resolver(tokens, no_replies(tokens))
+    async with store(url) as tokens, nobodys_logins() as access:
+        resolver = Resolver(tokens, no_replies(tokens), access)
         task = asyncio.create_task(resolver.follow_deletions())
         try:
             yield resolver
@@ -355,12 +368,12 @@ async def until_subscribed(redis: Redis, count: int) -> None:
 
 
 async def test_memory_is_bounded_and_keeps_what_is_used(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with store(redis_url) as one:
+    async with store(redis_url) as one, nobodys_logins() as access:
         used, *others = [await one.put(asked()) for _ in range(20)]
         record = await one.find_record(used)
         assert record is not None
         monkeypatch.setattr(resolve, "_MEMORY_BYTES", 5 * (record.size + resolve._KNOWN_BYTES) + 99)
-        resolver = Resolver(one, no_replies(one))
+        resolver = Resolver(one, no_replies(one), access)
         for token in others:
             for asked_for in (used, token):
                 await resolver.resolve(parse_route("GET", f"/v2/wt/{asked_for}/library/ubuntu/manifests/latest"))

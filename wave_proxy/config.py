@@ -29,7 +29,7 @@ from pydantic_core import to_json
 from wave_proxy.errors import clip
 from wave_proxy.image.limit import UNITS_S, parse_limit
 from wave_proxy.image.platform import is_endpoint
-from wave_proxy.image.reference import is_registry
+from wave_proxy.image.reference import is_registry, is_repository
 from wave_proxy.image.scan import Severity
 
 _UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -76,6 +76,13 @@ def _trusted_proxy(value: str) -> str:
         raise ValueError(f'expected an address, a network such as "10.0.0.0/8", or "unix": {err}') from None
 
 
+def _user(value: str) -> str:
+    name, at, domain = value.rpartition("@")
+    if value != "*" and not (name and at and domain and ("*" not in value or (name == "*" and "*" not in domain))):
+        raise ValueError('expected an e-mail address, "*@" and a domain for all of it, or "*" for every known user')
+    return value
+
+
 def _path(value: object) -> object:
     return None if value == "" else value
 
@@ -94,6 +101,7 @@ DurationOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]  # "0
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 OptionalSize = Annotated[int | None, BeforeValidator(_size), AfterValidator(_positive)]
 Quota = Annotated[str, BeforeValidator(_quota)]
+User = Annotated[str, AfterValidator(_user)]
 TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
 OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_readable)]  # empty text: none
 
@@ -103,7 +111,12 @@ class _Section(BaseModel):
 
 
 class RegistrySettings(_Section):
-    """One table a registry host, as in image names: `[registries."docker.io"]`, `[registries."127.0.0.1:5055"]`."""
+    """One table a registry host, as in image names: `[registries."docker.io"]`, `[registries."127.0.0.1:5055"]`.
+
+    A table `[registries."quay.io/acme"]` is a login for the repository `acme` and those that begin with `acme/`. It has
+    `username`, `password` or `password_file`, and `users`, and nothing else. The longest that fits is taken, see
+    [Who may pull what](access.md).
+    """
 
     endpoint: str = Field(
         "", description="Where it is reached, with scheme: a mirror, a test. Empty: `https://<host>`."
@@ -111,6 +124,11 @@ class RegistrySettings(_Section):
     username: str = Field("", description="User for this registry.")
     password: SecretStr = Field(SecretStr(""), description="Password or access token of that user.")
     password_file: OptionalFile = Field(None, description="File that holds the password, read at start.")
+    users: tuple[User, ...] = Field(
+        (),
+        description='Whom the login is for: e-mail addresses (`["alice@acme.org"]`) of users with access tokens, all '
+        'of a domain (`"*@acme.org"`), all such users (`"*"`). Empty: everybody, also without an access token.',
+    )
     insecure: bool = Field(False, description="Speak plain http. Loopback hosts always do, without a `ca_file`.")
     allow_private: bool | None = Field(
         None,
@@ -140,6 +158,8 @@ class RegistrySettings(_Section):
         if bool(self.username) != has_password:
             missing = "password or password_file" if self.username else "username"
             raise ValueError(f"a login needs both: {missing} is missing")
+        if self.users and not self.username:
+            raise ValueError("users says whom a login is for: username and password are missing")
         return self
 
     @field_validator("endpoint", "proxy")
@@ -171,6 +191,11 @@ class CacheSettings(_Section):
     max_bytes: Size = Field(50 * 10**9, description="Cap of the store; the blobs not used for longest go first.")
     tag_ttl: Duration = Field(
         60.0, description="How long a tag's digest is taken for known before upstream is asked again."
+    )
+    permission_ttl: Duration = Field(
+        300.0,
+        description="How long it is taken for known that a login may read a repository before upstream is asked again. "
+        "What upstream gives without a login is not asked for again.",
     )
 
 
@@ -204,7 +229,13 @@ class UpstreamSettings(_Section):
 class TokenSettings(_Section):
     """Tokens in image names."""
 
-    lifetime: Duration = Field(36 * 3600.0, description="How long a token can be pulled.")
+    lifetime: Duration = Field(
+        36 * 3600.0, description="How long a token can be pulled; and again from a pull in the second half of it."
+    )
+    max_lifetime: Duration = Field(
+        7 * 86400.0,
+        description="How long it can be pulled at most, however much it is in use; never less than `lifetime`.",
+    )
     retention: Duration = Field(7 * 86400.0, description="How long its record can be looked up after that.")
 
 
@@ -442,7 +473,9 @@ class Settings(BaseModel):
     tls_cert: OptionalFile = Field(None, description="Certificate chain (PEM): the port then speaks TLS.")
     tls_key: OptionalFile = Field(None, description="Private key (PEM) of `tls_cert`.")
     shutdown_grace: Duration = Field(10.0, description="On SIGTERM, running requests have this long to end.")
-    registries: dict[str, RegistrySettings] = Field(default_factory=dict, description="Upstream registries by host.")
+    registries: dict[str, RegistrySettings] = Field(
+        default_factory=dict, description="Upstream registries by host, and logins by host and repositories."
+    )
     accounts: dict[str, SecretStr] = Field(
         default_factory=dict,
         description="Basic authentication for administration: user to what `wave-proxy account hash` prints, or to "
@@ -488,9 +521,15 @@ class Settings(BaseModel):
     @field_validator("registries")
     @classmethod
     def _are_hosts(cls, value: dict[str, RegistrySettings]) -> dict[str, RegistrySettings]:
-        for host in value:
-            if not is_registry(host):
-                raise ValueError(f"{host!r} is not a registry host such as quay.io or 127.0.0.1:5000")
+        for place, table in value.items():
+            host, slash, prefix = place.partition("/")
+            if not is_registry(host) or (slash and not is_repository(prefix)):
+                raise ValueError(
+                    f"{place!r} is neither a registry host such as quay.io or 127.0.0.1:5000, nor one with the "
+                    "beginning of repositories such as quay.io/acme"
+                )
+            if slash:
+                _check_prefix_table(place, table)
         return value
 
     @property
@@ -508,6 +547,20 @@ class Settings(BaseModel):
     def own_url(self) -> str:
         """Where our own parts reach the port: what the supervisor says, when it runs them side by side."""
         return os.environ.get("WAVE_OWN_URL") or self.public_url
+
+
+_OF_LOGINS = frozenset({"username", "password", "password_file", "users"})
+
+
+def _check_prefix_table(place: str, table: RegistrySettings) -> None:
+    others = sorted(table.model_fields_set - _OF_LOGINS)
+    if others:
+        raise ValueError(
+            f"{place!r} stands for repositories and may only hold a login ({', '.join(sorted(_OF_LOGINS))}), not "
+            f'{", ".join(others)}: that is a matter of the whole registry, [registries."{place.partition("/")[0]}"]'
+        )
+    if not table.username:
+        raise ValueError(f"{place!r} stands for repositories and holds no login: username and password are missing")
 
 
 class ConfigInvalid(Exception):
@@ -610,7 +663,8 @@ def to_toml(settings: Settings) -> str:
         lines += ["", f"[{name}]", *(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items())]
     for host, table in registries.items():
         lines += ["", f"[registries.{_toml_value(host)}]"]
-        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+        wanted = _OF_LOGINS if "/" in host else table
+        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if key in wanted]
     return "\n".join(lines) + "\n"
 
 

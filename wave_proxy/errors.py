@@ -12,7 +12,7 @@
     │   └── BodyTooLarge         413  SIZE_INVALID
     ├── Unauthorized             401  on the API, and for a push: who pulls is never asked for a password
     │   └── AccessTokenRefused   401  an access token of ours that is wrong, expired or revoked
-    ├── Denied                   403  DENIED: upstream refused our credentials
+    ├── Denied                   403  DENIED: upstream refused our credentials, or we whoever asks
     │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
     ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
     │   └── HostUnknown          404  NAME_UNKNOWN: a registry's host that the name service does not know
@@ -20,6 +20,7 @@
     ├── BlobUnknown              404  BLOB_UNKNOWN
     ├── ManifestBlobUnknown      404  MANIFEST_BLOB_UNKNOWN: a pushed manifest names what its repository lacks
     ├── UploadUnknown            404  BLOB_UPLOAD_UNKNOWN
+    ├── NotFound                 404  a path outside of the registry's that leads nowhere
     ├── MethodNotAllowed         405  UNSUPPORTED
     ├── Unsupported              400  UNSUPPORTED: understood, but not for this image
     ├── NotImplementedHere       501  UNSUPPORTED: a documented feature that this server does not have (yet)
@@ -130,7 +131,7 @@ class AccessTokenRefused(Unauthorized):
 
 
 class Denied(WaveError):
-    """Upstream does not let us (with the credentials that apply) read that repository."""
+    """Upstream does not let us (with the credentials that apply) read that repository, or we don't let whoever asks."""
 
     status = 403
     code = "DENIED"
@@ -177,6 +178,12 @@ class UploadUnknown(WaveError):
 
     status = 404
     code = "BLOB_UPLOAD_UNKNOWN"
+
+
+class NotFound(WaveError):
+    """A path outside of the registry's that leads nowhere."""
+
+    status = 404
 
 
 class MethodNotAllowed(WaveError):

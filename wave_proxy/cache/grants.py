@@ -3,8 +3,11 @@
 That a blob lies in the store does not mean that whoever knows its digest may have it. Two things are recorded, each
 under a name of its own, in an empty file ``<root>/grants/<hash of the name>/<digest>`` that all workers share:
 
-- a repository (``registry/repository``) has said that it has the blob, by serving it or to a HEAD. That a manifest
-  names a digest says nothing: anybody can name what he does not have. Its manifests are noted when it delivers them;
+- a repository (``key@registry/repository``, with the key of the login that it was asked with, and none before the ``@``
+  without one) has said that it has the blob, by serving it or to a HEAD. That a manifest names a digest says nothing:
+  anybody can name what he does not have. Its manifests are noted when it delivers them, or says that it has one which
+  its registry has delivered. What was said to one login counts for no other, and only while ``permissions`` has it that
+  the login opens the repository;
 - an origin (a registry, or the URL of a layer) has once delivered the content, and it was right. A HEAD proves nothing
   about a registry that never has: it may belong to somebody who only knows the digest.
 """
@@ -26,7 +29,7 @@ class Grants:
         self._known: set[tuple[str, str]] = set()
 
     def has(self, repository: str, digest: str) -> bool:
-        """Whether ``digest`` was seen in ``repository`` (``registry/repository``)."""
+        """Whether ``digest`` was seen in ``repository`` (``key@registry/repository``), or an origin delivered it."""
         if (repository, digest) in self._known:
             return True
         if not self._path(repository, digest).exists():

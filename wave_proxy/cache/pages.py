@@ -15,7 +15,7 @@ _OVERHEAD_BYTES = 1000  # of a page, beside its content and what was asked
 _PATIENCE_S = 5.0
 
 Key = tuple[str, str, str]
-"""Registry, repository and query."""
+"""Registry (with the key of the login that is used, and an @ in front), repository and query."""
 
 
 @dataclass(frozen=True, slots=True)

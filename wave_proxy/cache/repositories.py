@@ -1,11 +1,15 @@
-"""What repositories hold: upstream's through the cache, fetched once, shown only where it was granted; and our own."""
+"""What repositories hold: upstream's through the cache, fetched once, shown only where it was granted; and our own.
+
+What upstream has shown is noted for the login that it was shown to: see ``as_seen_by``, ``grants`` and ``permissions``.
+"""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from copy import copy
 from dataclasses import dataclass
 from time import time
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
@@ -20,11 +24,15 @@ from wave_proxy.cache.lead import Opener
 from wave_proxy.cache.local import LOCAL, LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore, StoredManifest
 from wave_proxy.cache.pages import ListedTags, TagsPages
+from wave_proxy.cache.permissions import Permissions
 from wave_proxy.cache.tags import TagAnswer, Tags
-from wave_proxy.errors import BlobUnknown, RequestInvalid, StorageFull, UpstreamError, clip
+from wave_proxy.errors import BlobUnknown, Denied, RequestInvalid, StorageFull, UpstreamError, clip
 from wave_proxy.image.oci import matches, read_manifest
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.registry import Registry, TagsPage
 from wave_proxy.upstream.transfer import BlobStream
+
+T = TypeVar("T")
 
 CacheState = Literal["HIT", "MISS", "FILL", "STALE"]
 
@@ -57,18 +65,40 @@ class Repositories:
         blobs: BlobStore,
         fills: Fills,
         grants: Grants,
+        permissions: Permissions,
         local: LocalRepositories,
     ) -> None:
-        self.registry = registry
+        """As everybody sees them: ``registry`` has no logins."""
+        self._registry = registry
         self._tags = tags
         self._manifests = manifests
         self._blobs = blobs
         self._fills = fills
         self._grants = grants
+        self._permissions = permissions
         self._local = local
         self._pages = TagsPages()
         self._fetching: Flights[tuple[str, str], StoredManifest] = Flights()
         self._asking: Flights[tuple[str, str], int | None] = Flights()
+        self._key = ""  # of the login
+
+    def as_seen_by(self, registry: str, login: Login | None) -> "Repositories":
+        """The same, for what ``login`` opens in that registry: what was shown to others is not shown to it.
+
+        Content is shared: of what others have fetched already, upstream is only asked whether this login may have it.
+        """
+        if login is None:
+            return self
+        view = copy(self)
+        view._registry = self._registry.acting_as(Credentials({registry: login}))
+        view._key = login.key
+        return view
+
+    def permitted_until(self, registry: str, repository: str) -> float | None:
+        """Until when upstream need not be asked whether it lets us in (epoch seconds); None for ever."""
+        return self._permissions.until(self._name(registry, repository)) if self._key else None
+
+    # --- tags --------------------------------------------------------------------------------------------------------
 
     async def find_tag(self, registry: str, repository: str, tag: str) -> TagAnswer:
         """What ``tag`` stands for; its manifest is here then, as far as it is new.
@@ -79,87 +109,121 @@ class Repositories:
         if local is not None:
             now = time()
             return TagAnswer(self._local.get_tag(local, tag), now, now + _LOCAL_S)
+        name = self._name(registry, repository)
 
         async def ask() -> tuple[str, bool]:
-            head = await self.registry.head_manifest(registry, repository, tag)
+            head = await self._heard(name, self._registry.head_manifest(registry, repository, tag))
             # A tag moves on only to what is here: a limit may let the HEAD pass, and not the GET.
-            is_new = self._find_manifest(registry, repository, head.digest) is None
-            if is_new:
-                await self.fetch_manifest(registry, repository, head.digest)
-            return head.digest, is_new
+            if self._is_noted(name, head.digest) or self._adopt(name, registry, head.digest) is not None:
+                return head.digest, False
+            await self.fetch_manifest(registry, repository, head.digest)
+            return head.digest, True
 
-        return await self._tags.find(f"{registry}/{repository}:{tag}", ask)
+        return await self._tags.find(f"{name}:{tag}", ask)
 
     async def list_tags(self, registry: str, repository: str, query: str) -> ListedTags:
         """One page of the tags list, or what it was. Raises NameUnknown, Denied, UpstreamError, TooManyRequests."""
         local = self._local.find_name(registry, repository)
         if local is not None:
             return ListedTags(_list_local(self._local, local, query), time())
-        key = registry, repository, query
-        return await self._pages.find(key, lambda: self.registry.fetch_tags(*key))
+        name = self._name(registry, repository)
+
+        async def fetch() -> TagsPage:
+            return await self._heard(name, self._registry.fetch_tags(registry, repository, query))
+
+        listed = await self._pages.find((f"{self._key}@{registry}", repository, query), fetch)
+        if listed.stale and self._key:
+            await self._permissions.ensure(name, "tags", fetch)
+        return listed
+
+    # --- manifests ---------------------------------------------------------------------------------------------------
 
     async def fetch_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest:
         """The manifest of that digest in that repository. Raises as ``find_tag``, and ContentMismatch."""
         local = self._local.find_name(registry, repository)
         if local is not None:
             return self._local.get_manifest(local, digest)
-        name = f"{registry}/{repository}"
-        known = self._find_manifest(registry, repository, digest)
-        if known is not None:
-            return known
+        name = self._name(registry, repository)
+
+        async def ask() -> None:
+            await self._heard(name, self._registry.head_manifest(registry, repository, digest))
 
         async def fetch() -> StoredManifest:
-            fetched = await self.registry.fetch_manifest(registry, repository, digest)
+            if self._is_delivered(registry, digest):
+                await ask()
+                known = self._adopt(name, registry, digest)
+                if known is not None:
+                    return known
+            fetched = await self._heard(name, self._registry.fetch_manifest(registry, repository, digest))
             manifest = StoredManifest(fetched.content, fetched.media_type, fetched.digest)
-            self._keep(name, manifest)
+            self._keep(name, registry, manifest)
             return manifest
 
+        if self._is_noted(name, digest):
+            await self._ensure(name, digest, ask)
+            known = self._manifests.find(digest)
+            if known is not None:
+                return known
         return await self._fetching.run((name, digest), fetch)
 
-    def changes_of(self, registry: str, repository: str) -> int | None:
-        """Of a local repository what ``LocalRepositories.changes`` says; None of others."""
-        return None if self._local.find_name(registry, repository) is None else self._local.changes()
+    def _is_noted(self, name: str, digest: str) -> bool:
+        return self._grants.has(_manifests_of(name), digest) and self._manifests.find(digest) is not None
 
-    def _find_manifest(self, registry: str, repository: str, digest: str) -> StoredManifest | None:
-        return self._manifests.find(digest) if self.has_manifest(registry, repository, digest) else None
+    def _is_delivered(self, registry: str, digest: str) -> bool:
+        return self._grants.has(_manifests_of(registry), digest)
 
-    def _keep(self, name: str, manifest: StoredManifest) -> None:
+    def _adopt(self, name: str, registry: str, digest: str) -> StoredManifest | None:
+        """A manifest that the registry has delivered once, for a repository of which it has just said to have it."""
+        manifest = self._manifests.find(digest) if self._is_delivered(registry, digest) else None
+        if manifest is not None:
+            self._grants.add(_manifests_of(name), (digest,))
+        return manifest
+
+    def _keep(self, name: str, registry: str, manifest: StoredManifest) -> None:
         read_manifest(manifest.content, manifest.media_type)  # one that breaks its own rules is not kept
         self._manifests.put(manifest)
         # What it names is not granted with it: anybody can name what he does not have.
         self._grants.add(_manifests_of(name), (manifest.digest,))
+        self._grants.add(_manifests_of(registry), (manifest.digest,))
+
+    def changes_of(self, registry: str, repository: str) -> int | None:
+        """Of a local repository what ``LocalRepositories.changes`` says; None of others."""
+        return None if self._local.find_name(registry, repository) is None else self._local.changes()
 
     def has_manifest(self, registry: str, repository: str, digest: str) -> bool:
         """Whether that repository has once delivered the manifest of that digest."""
         local = self._local.find_name(registry, repository)
         if local is not None:
             return self._local.has_manifest(local, digest)
-        return self._grants.has(_manifests_of(f"{registry}/{repository}"), digest)
+        return self._grants.has(_manifests_of(self._name(registry, repository)), digest)
+
+    # --- blobs -------------------------------------------------------------------------------------------------------
 
     def is_granted(self, registry: str, repository: str, digest: str) -> bool:
         """Whether that repository has said that it has a blob of that digest."""
         local = self._local.find_name(registry, repository)
         if local is not None:
             return self._local.find_size(local, digest) is not None
-        return self._grants.has(f"{registry}/{repository}", digest)
+        return self._grants.has(self._name(registry, repository), digest)
 
     async def find_size(self, registry: str, repository: str, digest: str) -> int | None:
         """A blob's size; None when upstream does not tell it. Fetches no more than a head. Raises as ``open_blob``."""
         local = self._local.find_name(registry, repository)
         if local is not None:
             return _local_size(self._local, local, digest)
-        if self.is_granted(registry, repository, digest):
+        name = self._name(registry, repository)
+
+        async def ask() -> int | None:
+            size = await self._heard(name, self._registry.head_blob(registry, repository, digest))
+            self._grants.add(name, (digest,))
+            return size
+
+        if self._grants.has(name, digest):
+            await self._ensure(name, digest, ask)
             stored = self._blobs.find(digest)
             if stored is not None:
                 stored.close()
                 return stored.size
-        name = f"{registry}/{repository}"
-
-        async def ask() -> int | None:
-            size = await self.registry.head_blob(registry, repository, digest)
-            self._grants.add(name, (digest,))
-            return size
-
         return await self._asking.run((name, digest), ask)
 
     async def open_blob(self, registry: str, repository: str, digest: str) -> OpenBlob:
@@ -168,11 +232,14 @@ class Repositories:
         if local is not None:
             blob = self._local.open_blob(local, digest)
             return OpenBlob(blob.size, "HIT", blob)
-        if not self.is_granted(registry, repository, digest):
+        name = self._name(registry, repository)
+        if self._grants.has(name, digest):
+            await self._ensure(name, digest, lambda: self._registry.head_blob(registry, repository, digest))
+        else:
             await self.find_size(registry, repository, digest)
 
         def opener(start: int, known: int | None) -> AbstractAsyncContextManager[BlobStream]:
-            return self.registry.open_blob(registry, repository, digest, start=start, size=known)
+            return self._registry.open_blob(registry, repository, digest, start=start, size=known)
 
         return await self.open_content(registry, digest, opener)
 
@@ -204,10 +271,33 @@ class Repositories:
             raise UpstreamError(f"the stored config {digest} was damaged and has been dropped; pull again")
         return content
 
+    # --- permission --------------------------------------------------------------------------------------------------
+
+    def _name(self, registry: str, repository: str) -> str:
+        """What the repository is called where it is noted what upstream has shown to this login."""
+        return f"{self._key}@{registry}/{repository}"
+
+    async def _heard(self, name: str, answer: Awaitable[T]) -> T:
+        """Upstream's answer, which says as well whether the login opens the repository."""
+        if not self._key:
+            return await answer
+        try:
+            heard = await answer
+        except Denied:
+            self._permissions.end(name)
+            raise
+        self._permissions.confirm(name)
+        return heard
+
+    async def _ensure(self, name: str, digest: str, ask: Callable[[], Awaitable[object]]) -> None:
+        if self._key:
+            await self._permissions.ensure(name, digest, ask)
+
     async def close(self) -> None:
         """End what is being fetched."""
         await self._fetching.close()
         await self._asking.close()
+        await self._permissions.close()
         await self._tags.close()
         await self._pages.close()
         await self._fills.close()

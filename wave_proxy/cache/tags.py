@@ -12,7 +12,8 @@ The rule, by the age of the answer that is known; one question a tag and worker 
 So while upstream answers within a second, nobody gets a digest that is older than the ttl and a second. That upstream
 refuses (404, 403) is an answer as well: it ends what this worker gives without asking.
 
-``<root>/tags/<hash of registry/repository:tag>`` is JSON, so that the workers of a machine share the answers.
+``<root>/tags/<hash of key@registry/repository:tag>``, with the key of the login that was used, is JSON, so that the
+workers of a machine share the answers.
 """
 
 import asyncio
@@ -83,7 +84,7 @@ class Tags:
         self._asking: Flights[str, TagAnswer] = Flights()
 
     async def find(self, name: str, ask: Ask) -> TagAnswer:
-        """The digest of ``name`` (``registry/repository:tag``), from ``ask`` when what we know is too old.
+        """The digest of ``name`` (``key@registry/repository:tag``), from ``ask`` when what we know is too old.
 
         Where nothing is known, all wait for one question, and get its error.
         """
@@ -120,7 +121,7 @@ class Tags:
             if known is None:
                 raise
             if not known.ask_again:
-                _log.warning("upstream does not answer, serving what is known", name=name, error=str(err))
+                _log.warning("upstream does not answer, serving what is known", name=_shown(name), error=str(err))
             known.ask_again = time() + _AGAIN_S
             return self._answer(known, known.ask_again, time())
         except WaveError:
@@ -170,8 +171,12 @@ class Tags:
         try:
             write_whole(self._path(name), document, sync=False)
         except StorageFull:
-            _log.warning("data folder full, tag kept in memory", name=name)
+            _log.warning("data folder full, tag kept in memory", name=_shown(name))
 
     def _path(self, name: str) -> Path:
         hashed = sha256(name.encode()).hexdigest()
         return self._folder / hashed[:2] / hashed
+
+
+def _shown(name: str) -> str:
+    return name.rpartition("@")[2]  # what a key stands for could be guessed from it

@@ -83,7 +83,10 @@ class ContainerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who asks. Anonymous when there is no user; tokens never show in ``repr``."""
+    """Who asks. Anonymous when there is no user; tokens never show in ``repr``.
+
+    A user of the Platform has an ``access_token``; one whom this server itself knows has an ``email`` only.
+    """
 
     user_id: int | None = None
     email: str = ""
@@ -92,6 +95,30 @@ class Identity:
     refresh_token: str = field(default="", repr=False)
     endpoint: str = ""
     workflow_id: str = ""
+
+    @property
+    def is_platform(self) -> bool:
+        """Whether it is a Platform that says who this is."""
+        return bool(self.access_token)
+
+    @property
+    def local_email(self) -> str:
+        """The address of a user whom this server itself knows; empty for others.
+
+        Anybody may run a Platform, and there be whoever he likes.
+        """
+        return "" if self.is_platform else self.email
+
+    @property
+    def key(self) -> str:
+        """Stands for the user: 16 hex digits, the same for all requests of one; empty for nobody."""
+        if self.is_platform:
+            user = f"{self.endpoint}\0{self.user_id or self.email or self.access_token}"
+        elif self.email:
+            user = self.email.lower()
+        else:
+            return ""
+        return sha256(user.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from wave_proxy.cache.fills import Fills
 from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.local import LocalRepositories
 from wave_proxy.cache.manifests import ManifestStore
+from wave_proxy.cache.permissions import Permissions
 from wave_proxy.cache.repositories import Repositories
 from wave_proxy.cache.tags import Tags
 from wave_proxy.cache.uploads import Uploads
@@ -31,15 +32,18 @@ from wave_proxy.config import ConfigInvalid, QuotaSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.readiness import raise_file_limit, say_ready
+from wave_proxy.serve.access import Access
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.http import Limits, Server
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.lifetimes import Lifetimes
 from wave_proxy.serve.login import Logins
 from wave_proxy.serve.metrics import Publisher, Sources
 from wave_proxy.serve.origin import ClientAddress
+from wave_proxy.serve.platform_logins import PlatformLogins
 from wave_proxy.serve.pull import Puller
 from wave_proxy.serve.push import BodyLimit, Pusher
 from wave_proxy.serve.ready import ReadyReplies
@@ -53,6 +57,7 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits
@@ -97,7 +102,7 @@ async def _run(settings: Settings) -> None:
 def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> Server:
     """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
     stack.push_async_callback(redis.aclose)
-    tokens = TokenStore(redis, settings.tokens.retention)
+    tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     registry = _registry(settings, stack)
     blobs = BlobStore(settings.data)
     evictor = Evictor(settings.data, settings.cache.max_bytes)
@@ -111,6 +116,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
         blobs,
         fills,
         grants,
+        Permissions(settings.data, settings.cache.permission_ttl),
         local,
     )
     stack.push_async_callback(repositories.close)
@@ -120,10 +126,13 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     stack.push_async_callback(usage.close)
     stack.push_async_callback(quotas.close)
     ready = ReadyReplies(quotas, usage, stats, local.changes)
-    resolver = Resolver(tokens, ready, settings.authority)
-    stack.push_async_callback(resolver.close)
-    layers = Layers(repositories, registry, blobs, tokens)
     api = os.environ["WAVE_API_SOCKET"]
+    platform_logins = PlatformLogins(unix_session(api))
+    stack.push_async_callback(platform_logins.close)
+    access = Access(read_credentials(settings.registries), platform_logins, settings.authority)
+    resolver = Resolver(tokens, ready, access, settings.authority, anonymous=settings.access.anonymous)
+    stack.push_async_callback(resolver.close)
+    layers = Layers(repositories, registry, blobs, tokens, access)
     forwarder = Forwarder(unix_session(api), Tunnels(api))
     stack.push_async_callback(forwarder.close)
     for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
@@ -133,7 +142,8 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     uploads = Uploads(settings.data, local, evictor, settings.local.max_blob_bytes)
     stack.callback(uploads.close)
     pusher = Pusher(local, uploads, _logins(settings))
-    puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage, holds, pusher)
+    lifetimes = Lifetimes(tokens, settings.tokens.lifetime)
+    puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage, holds, pusher, lifetimes)
     app = App(puller, forwarder, stats, settings.log.requests)
     limits = _limits(settings)
     server = Server(app, limits, ClientAddress(settings.http.trusted_proxies), ready, BodyLimit(limits.max_body_bytes))
@@ -155,7 +165,7 @@ def _registry(settings: Settings, stack: AsyncExitStack) -> Registry:
     stack.push_async_callback(egress.close)
     registry = Registry(
         egress,
-        read_credentials(settings.registries),
+        Credentials({}),  # each pull brings the login that applies to it
         attempts=settings.upstream.attempts,
         limits=read_limits(
             settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1

@@ -30,6 +30,7 @@ from wave_proxy.image.request import ContainerConfig
 from wave_proxy.image.rewrite import architecture_of, layers_for, rewrite_config, rewrite_index, rewrite_manifest
 from wave_proxy.serve.resolve import Target
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.credentials import Login
 
 _log = structlog.get_logger()
 
@@ -58,8 +59,9 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What decides the result."""
+    """What decides the result, and with which login it is read: what was made for one is shown to no other."""
 
+    login: Login | None
     registry: str
     repository: str
     source: str
@@ -89,11 +91,10 @@ class Augmenter:
         """The manifest or config of that digest if it was made for the token, by whichever worker; None if not."""
         recipe = self._by_digest.get(digest)
         if recipe is not None and recipe == _recipe(target, recipe.source):
-            return self._memory[recipe].contents[digest]
-        source = await self._tokens.find_made(target.token, digest)
-        if source is None:
-            return None
-        return (await self._make(target, source)).contents.get(digest)
+            source: str | None = recipe.source
+        else:
+            source = await self._tokens.find_made(target.token, digest)
+        return (await self._make(target, source)).contents.get(digest) if source else None
 
     async def close(self) -> None:
         """End what is being made."""
@@ -103,7 +104,10 @@ class Augmenter:
         recipe = _recipe(target, source)
         known = self._memory.get(recipe)
         if known is not None:
-            self._memory.move_to_end(recipe)
+            # It is here, so that this asks upstream only whether the login still opens the repository.
+            await self._view(recipe).fetch_manifest(recipe.registry, recipe.repository, source)
+            if recipe in self._memory:
+                self._memory.move_to_end(recipe)
             return known
         made = await self._making.run(recipe, lambda: self._build(recipe))
         self._remember(recipe, made)
@@ -135,8 +139,11 @@ class Augmenter:
         if len(self._recorded) > 100_000:
             self._recorded.popitem(last=False)
 
+    def _view(self, recipe: _Recipe) -> Repositories:
+        return self._repositories.as_seen_by(recipe.registry, recipe.login)
+
     async def _build(self, recipe: _Recipe) -> Made:
-        original = await self._repositories.fetch_manifest(recipe.registry, recipe.repository, recipe.source)
+        original = await self._view(recipe).fetch_manifest(recipe.registry, recipe.repository, recipe.source)
         manifest = read_manifest(original.content, original.media_type)
         if manifest.is_index:
             return await self._build_index(recipe, original, manifest)
@@ -149,7 +156,7 @@ class Augmenter:
                 f"containerConfig can't be applied to {recipe.registry}/{recipe.repository}: "
                 f"its media type is {_kind(manifest)}, which is not that of a container image"
             )
-        old = await self._repositories.read_config(
+        old = await self._view(recipe).read_config(
             recipe.registry, recipe.repository, old_config.digest, old_config.size
         )
         architecture = architecture_of(old)
@@ -205,13 +212,13 @@ class Augmenter:
 
     async def _build_child(self, recipe: _Recipe, entry: IndexEntry) -> Made:
         digest = entry.descriptor.digest
-        child = await self._repositories.fetch_manifest(recipe.registry, recipe.repository, digest)
+        child = await self._view(recipe).fetch_manifest(recipe.registry, recipe.repository, digest)
         return await self._build_image(recipe, child, read_manifest(child.content, child.media_type))
 
 
 def _recipe(target: Target, source: str) -> _Recipe:
     platforms = target.request.platforms if target.request else ()
-    return _Recipe(target.registry, target.repository, source, target.config, platforms)
+    return _Recipe(target.login, target.registry, target.repository, source, target.config, platforms)
 
 
 def _choose(recipe: _Recipe, entries: tuple[IndexEntry, ...]) -> dict[int, IndexEntry]:

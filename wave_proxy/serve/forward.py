@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from posixpath import normpath
+from urllib.parse import unquote
 
 import aiohttp
 
-from wave_proxy.errors import UpstreamUnavailable
+from wave_proxy.errors import NotFound, UpstreamUnavailable
 from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import Session
@@ -34,7 +36,9 @@ class Forwarder:
         self._unanswered = asyncio.Semaphore(_UNANSWERED)
 
     async def answer(self, request: Request) -> Reply:
-        """The api's reply. Raises UpstreamUnavailable when the api does not answer."""
+        """The api's reply. Raises NotFound for what is between us and the api; UpstreamUnavailable."""
+        if _is_internal(request.target):
+            raise NotFound("Page Not Found")
         headers = [
             (name, value.decode("latin-1"))
             for key, value in request.headers
@@ -76,6 +80,14 @@ class Forwarder:
     async def close(self) -> None:
         """Close the connections to the api."""
         await self._session.close()
+
+
+def _is_internal(target: str) -> bool:
+    """Whether the path is, however it is spelled, one of those by which our own parts ask the api."""
+    path = target.partition("?")[0]
+    for _ in range(3):  # the client library decodes it, and so does the server at the other end
+        path = unquote(path, errors="replace")
+    return normpath("/" + path.replace("\\", "/")).lower().lstrip("/").partition("/")[0] == "internal"
 
 
 def _reply(response: aiohttp.ClientResponse) -> Reply:

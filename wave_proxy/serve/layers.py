@@ -8,6 +8,8 @@ from wave_proxy.cache.blobs import BlobStore
 from wave_proxy.cache.repositories import OpenBlob, Repositories
 from wave_proxy.errors import BlobUnknown, StorageFull, Unsupported, clip
 from wave_proxy.image.request import Layer
+from wave_proxy.serve.access import Access
+from wave_proxy.serve.resolve import Target
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.transfer import BlobStream
@@ -18,17 +20,20 @@ _OTHER_REGISTRY = re.compile(r"docker://([^/]+)/v2/(.+)/blobs/([^/]+)")
 class Layers:
     """Opens requests' layers; each is verified against its digest and size before it is visible."""
 
-    def __init__(self, repositories: Repositories, registry: Registry, blobs: BlobStore, tokens: TokenStore) -> None:
+    def __init__(
+        self, repositories: Repositories, registry: Registry, blobs: BlobStore, tokens: TokenStore, access: Access
+    ) -> None:
+        self._access = access
         self._repositories = repositories
         self._registry = registry
         self._blobs = blobs
         self._tokens = tokens
 
-    async def open(self, layer: Layer) -> OpenBlob | bytes:
-        """The layer's gzipped tar: from the store, else from where the request says it is.
+    async def open(self, layer: Layer, target: Target) -> OpenBlob | bytes:
+        """The gzipped tar of a layer of the target: from the store, else from where the request says it is.
 
-        Bytes are the answer only when an inline layer finds no room on the disk.
-        Raises BlobUnknown, AddressRefused, UpstreamError, Unsupported.
+        Bytes are the answer only when an inline layer finds no room on the disk. Another image's layer is read as the
+        one may read it who made the request. Raises BlobUnknown, Denied, UpstreamError, Unsupported.
         """
         if layer.is_inline:
             return await self._open_inline(layer)
@@ -39,7 +44,9 @@ class Layers:
             raise Unsupported(
                 f"a layer's location must be data:, gzip:, http(s):// or docker://, not {clip(layer.location, 40)}"
             )
-        return await self._repositories.open_blob(match[1], match[2], layer.gzip_digest)
+        registry, repository = match[1], match[2]
+        login = await self._access.find_login(registry, repository, target.identity, target.token)
+        return await self._repositories.as_seen_by(registry, login).open_blob(registry, repository, layer.gzip_digest)
 
     async def _open_inline(self, layer: Layer) -> OpenBlob | bytes:
         stored = self._blobs.find(layer.gzip_digest)

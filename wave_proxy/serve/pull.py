@@ -10,15 +10,18 @@ import structlog
 
 from wave_proxy.cache.blobs import StoredBlob
 from wave_proxy.cache.fill import FillReader, ReadAlong
+from wave_proxy.cache.local import LOCAL
 from wave_proxy.cache.manifests import StoredManifest
 from wave_proxy.cache.repositories import CacheState, OpenBlob, Repositories
 from wave_proxy.errors import ManifestUnknown, RangeInvalid, StateUnavailable
 from wave_proxy.image.oci import INDEX_TYPES
+from wave_proxy.image.private import owner_of
 from wave_proxy.image.request import Layer
 from wave_proxy.serve.architectures import Architectures
 from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.layers import Layers
+from wave_proxy.serve.lifetimes import Lifetimes
 from wave_proxy.serve.messages import API_VERSION, NO_SNIFFING, FileBody, Reply, Request, Terms
 from wave_proxy.serve.push import Pusher
 from wave_proxy.serve.ranges import parse_range
@@ -71,6 +74,7 @@ class Puller:
         usage: Usage,
         holds: Holds,
         pusher: Pusher,
+        lifetimes: Lifetimes,
     ) -> None:
         self._resolver = resolver
         self._repositories = repositories
@@ -81,6 +85,7 @@ class Puller:
         self._usage = usage
         self._holds = holds
         self._pusher = pusher
+        self._lifetimes = lifetimes
         self._recorded: OrderedDict[str, None] = OrderedDict()
         self._architectures = Architectures()
 
@@ -91,7 +96,14 @@ class Puller:
             return await self._pusher.ping(request)
         if route.kind in ("upload", "referrers") or request.method not in ("GET", "HEAD"):
             return await self._pusher.answer(request, route)
-        target = await self._resolver.resolve(route)
+        if route.registry == LOCAL and owner_of(route.repository):
+            self._pusher.check_login(request)  # who has one may read all local repositories
+            reply = await self._read(request, route, await self._resolver.resolve(route))
+            reply.terms = None
+            return reply
+        return await self._read(request, route, await self._resolver.resolve(route))
+
+    async def _read(self, request: Request, route: Route, target: Target) -> Reply:
         if route.kind == "manifest":
             return await self._manifest(request, route, target)
         if route.kind == "tags":
@@ -99,6 +111,10 @@ class Puller:
         if request.method == "HEAD":
             return await self._blob_head(request, target)
         return await self._blob(request, target)
+
+    def _seen_for(self, target: Target) -> Repositories:
+        """The repositories as the one sees them who made the request."""
+        return self._repositories.as_seen_by(target.registry, target.login)
 
     # --- manifests ---------------------------------------------------------------------------------------------
 
@@ -116,6 +132,7 @@ class Puller:
         architecture = self._architecture(target, manifest) if is_pull else ""
         if is_pull:
             await self._count(request, target, architecture)
+        await self._lifetimes.prolong(target)
         terms = self._terms(found, target, changes, is_pull=is_pull, architecture=architecture)
         headers = [
             ("Content-Type", manifest.media_type),
@@ -162,13 +179,8 @@ class Puller:
         """How long the same answer holds: not beyond the tag's next question, nor the token's end."""
         if len(found.manifest.content) > _READY_BYTES:
             return None
-        now, for_s = time(), _READY_S
-        if found.until is not None:
-            for_s = min(for_s, found.until - now)
-        if target.request is not None:
-            for_s = min(for_s, target.request.expires - now)
         return Terms(
-            until=monotonic() + for_s,
+            until=monotonic() + self._ready_s(target, found.until),
             token=target.token,
             kind="manifest",
             state="stale" if found.state == "STALE" else "hit",
@@ -180,10 +192,17 @@ class Puller:
             architecture=architecture,
         )
 
+    def _ready_s(self, target: Target, until: float | None = None) -> float:
+        """For how long an answer may be given again: not beyond ``until``, the token's end, or what is permitted."""
+        permitted = self._seen_for(target).permitted_until(target.registry, target.repository)
+        ends = [until, permitted, None if target.request is None else target.request.expires]
+        now = time()
+        return min([_READY_S, *(end - now for end in ends if end is not None)])
+
     async def _manifest_by_tag(self, target: Target) -> _Found:
         answer, source = None, target.reference
         if ":" not in source:  # a digest stands there for the tag that replaces it, see resolve
-            answer = await self._repositories.find_tag(target.registry, target.repository, target.reference)
+            answer = await self._seen_for(target).find_tag(target.registry, target.repository, target.reference)
             source = answer.digest
         state = self._known(target, source)
         if answer is not None and (answer.stale or answer.fetched):
@@ -193,12 +212,12 @@ class Puller:
             manifest = made.contents[made.digest]
             self._architectures.put(made.digest, made.architecture)
         else:
-            manifest = await self._repositories.fetch_manifest(target.registry, target.repository, source)
+            manifest = await self._seen_for(target).fetch_manifest(target.registry, target.repository, source)
         await self._record(target, source, manifest.digest)
         return _Found(manifest, state) if answer is None else _Found(manifest, state, answer.checked, answer.until)
 
     def _known(self, target: Target, digest: str) -> CacheState:
-        return "HIT" if self._repositories.has_manifest(target.registry, target.repository, digest) else "MISS"
+        return "HIT" if self._seen_for(target).has_manifest(target.registry, target.repository, digest) else "MISS"
 
     async def _manifest_by_digest(self, target: Target) -> _Found:
         if target.config:
@@ -207,7 +226,7 @@ class Puller:
                 return _Found(made, "HIT")
         state = self._known(target, target.reference)
         try:
-            manifest = await self._repositories.fetch_manifest(target.registry, target.repository, target.reference)
+            manifest = await self._seen_for(target).fetch_manifest(target.registry, target.repository, target.reference)
         except ManifestUnknown:
             remade = await self._remake(target) if target.config else None
             if remade is None:
@@ -234,7 +253,7 @@ class Puller:
     # --- tags --------------------------------------------------------------------------------------------------
 
     async def _tags(self, route: Route, target: Target) -> Reply:
-        listed = await self._repositories.list_tags(target.registry, target.repository, route.query)
+        listed = await self._seen_for(target).list_tags(target.registry, target.repository, route.query)
         page, state = listed.page, "STALE" if listed.stale else "MISS"
         headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION, ("X-Cache", state)]
         headers.append(("Age", str(age_s(listed.checked, time()))))
@@ -256,7 +275,7 @@ class Puller:
         elif (made := await self._find_made_config(target)) is not None:
             size = len(made.content)
         else:
-            size = await self._repositories.find_size(target.registry, target.repository, target.reference)
+            size = await self._seen_for(target).find_size(target.registry, target.repository, target.reference)
             if size is None:
                 return await self._blob(request, target)  # upstream tells its size to nobody who does not fetch it
         return Reply(200, _blob_headers(target.reference, "HIT"), length=size)
@@ -265,22 +284,28 @@ class Puller:
         changes = self._repositories.changes_of(target.registry, target.repository)
         layer = _requested_layer(target)
         if layer is not None:
-            content = await self._layers.open(layer)
+            content = await self._layers.open(layer, target)
         else:
             made = await self._find_made_config(target)
             if made is not None:
                 content = made.content
             else:
-                content = await self._repositories.open_blob(target.registry, target.repository, target.reference)
+                content = await self._seen_for(target).open_blob(target.registry, target.repository, target.reference)
         if not isinstance(content, bytes):
             content = _read_small(content)
         reply = _send(request, target.reference, content)
         if reply.status == 200 and isinstance(content, bytes) and len(content) <= _READY_BYTES:
-            reply.terms = _blob_terms(request, target, changes)
+            reply.terms = self._blob_terms(request, target, changes)
         return reply
 
+    def _blob_terms(self, request: Request, target: Target, changes: int | None) -> Terms | None:
+        if request.header(b"range") is not None:
+            return None
+        until = monotonic() + self._ready_s(target)
+        return Terms(until=until, token=target.token, kind="blob", state="hit", changes=changes)
+
     async def _find_made_config(self, target: Target) -> StoredManifest | None:
-        if not target.config or self._repositories.is_granted(target.registry, target.repository, target.reference):
+        if not target.config or self._seen_for(target).is_granted(target.registry, target.repository, target.reference):
             return None
         return await self._augmenter.find(target, target.reference)
 
@@ -303,13 +328,6 @@ def _read_small(blob: OpenBlob) -> OpenBlob | bytes:
     if len(content) != blob.source.size:
         raise ConnectionAbortedError("the blob's file is shorter than its size")
     return content
-
-
-def _blob_terms(request: Request, target: Target, changes: int | None) -> Terms | None:
-    if request.header(b"range") is not None:
-        return None
-    for_s = _READY_S if target.request is None else min(_READY_S, target.request.expires - time())
-    return Terms(until=monotonic() + for_s, token=target.token, kind="blob", state="hit", changes=changes)
 
 
 def _blob_headers(digest: str, state: CacheState) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ from wave_proxy.image.oci import (
     parse_digest,
     sniff_media_type,
 )
+from wave_proxy.image.private import owner_of
 from wave_proxy.image.reference import is_repository
 from wave_proxy.serve.login import CHALLENGE, Logins
 from wave_proxy.serve.messages import API_VERSION, Reply, Request
@@ -70,9 +71,15 @@ class Pusher:
         headers = [API_VERSION, ("Content-Type", "application/json")]
         return Reply(200, [*headers, CHALLENGE] if self._logins.asks else headers, b"{}")
 
+    def check_login(self, request: Request) -> None:
+        """Let pass who may push. Raises Unauthorized, TooManyRequests."""
+        self._logins.check(request)
+
     async def answer(self, request: Request, route: Route) -> Reply:
         """The reply to a request of a local route. Raises WaveError."""
         if route.kind == "referrers":
+            if owner_of(route.repository):
+                self.check_login(request)
             return await asyncio.to_thread(self._list_referrers, route)
         user = await self._logins.check(request)
         if route.kind == "upload":

@@ -9,12 +9,14 @@ import structlog
 
 from wave_proxy.cache.flight import Flights
 from wave_proxy.cache.local import LOCAL
-from wave_proxy.errors import NameUnknown, StateUnavailable
+from wave_proxy.errors import Denied, NameUnknown, StateUnavailable
 from wave_proxy.image.reference import DOCKER_HUB, Reference, parse_reference
-from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity
+from wave_proxy.serve.access import NOBODY, Access
 from wave_proxy.serve.ready import ReadyReplies
-from wave_proxy.serve.route import Route, unknown_token
+from wave_proxy.serve.route import Route, ended_token, unknown_token
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.credentials import Login
 
 _log = structlog.get_logger()
 
@@ -26,13 +28,14 @@ _DIGEST_TAG_LENGTH = len("sha256-") + 12
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a route means upstream. ``request`` is None for the direct form."""
+    """What a route means upstream, and the login to read it with. ``request`` is None for the direct form."""
 
     registry: str
     repository: str
     reference: str
     token: str = ""
     request: ContainerRequest | None = None
+    login: Login | None = None
 
     @property
     def name(self) -> str:
@@ -45,9 +48,14 @@ class Target:
         return self.request.config if self.request else ContainerConfig()
 
     @property
+    def identity(self) -> Identity:
+        """Who made the request; nobody for the direct form."""
+        return self.request.identity if self.request else NOBODY
+
+    @property
     def email(self) -> str:
         """Of the user who made the request; empty when nobody knows."""
-        return self.request.identity.email if self.request else ""
+        return self.identity.email
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +68,15 @@ class _Known:
 class Resolver:
     """Requests by token; in memory for as long as they live, since they never change, or until others are used more."""
 
-    def __init__(self, tokens: TokenStore, ready: ReadyReplies, authority: str = "") -> None:
-        """What ``ready`` keeps for a token is dropped with it; ``authority`` is our own host and port, to others."""
+    def __init__(
+        self, tokens: TokenStore, ready: ReadyReplies, access: Access, authority: str = "", *, anonymous: bool = True
+    ) -> None:
+        """What ``ready`` keeps for a token is dropped with it; ``authority`` is our own host and port, to others.
+
+        Unless ``anonymous``, upstream's images are pulled by token only.
+        """
+        self._access = access
+        self._anonymous = anonymous
         self._authority = authority
         self._tokens = tokens
         self._ready = ready
@@ -71,38 +86,58 @@ class Resolver:
         self._looking_up: Flights[str, _Known | None] = Flights()
 
     async def resolve(self, route: Route) -> Target:
-        """What ``route`` is about. Raises NameUnknown, StateUnavailable."""
+        """What ``route`` is about. Raises NameUnknown, Denied, StateUnavailable, and as ``Access.find_login``."""
         if route.registry == LOCAL:
             return Target(self._authority, f"{LOCAL}/{route.repository}", route.reference)
         if not route.token:
             official = route.registry == DOCKER_HUB and "/" not in route.repository
             repository = f"library/{route.repository}" if official else route.repository
-            return Target(route.registry, repository, route.reference)
+            if not self._anonymous:
+                raise Denied(
+                    f"{route.registry}/{repository} is not pulled by its own name here: request the container with an "
+                    "access token (towerAccessToken, or an Authorization header), and pull the name in the answer"
+                )
+            login = await self._access.find_login(route.registry, repository)
+            return Target(route.registry, repository, route.reference, login=login)
+        known = await self._find(route)
+        image, request = known.image, known.request
+        if request.is_durable:
+            raise NameUnknown(f"This container is not pulled by its token, but by its own name: {request.image}")
+        login = await self._access.find_login(image.registry, image.repository, request.identity, route.token)
+        return Target(image.registry, image.repository, _reference(route, image), route.token, request, login)
+
+    async def _find(self, route: Route) -> _Known:
         known = self._memory.get(route.token)
-        if known is not None:
-            self._memory.move_to_end(route.token)
-        else:
+        if known is None or time() >= known.request.expires:  # it may live longer now than when it was looked up
             known = await self._looking_up.run(route.token, lambda: self._look_up(route.token))
-        if known is None or time() >= known.request.expires or known.image.repository != route.repository:
+        else:
+            self._memory.move_to_end(route.token)
+        if known is None or known.image.repository != route.repository:
             raise unknown_token(route.token)
-        image = known.image
-        if known.request.is_durable:
-            raise NameUnknown(f"This container is not pulled by its token, but by its own name: {known.request.image}")
-        return Target(image.registry, image.repository, _reference(route, image), route.token, known.request)
+        if time() >= known.request.expires:
+            raise ended_token(route.token, known.request.expires)
+        return known
 
     async def _look_up(self, token: str) -> _Known | None:
+        """The request of a token, whether its time is over or not; None when there is none, or it was deleted."""
         deletions = self._deletions
         record = await self._tokens.find_record(token)
-        if record is None or not record.is_valid(time()):
+        if record is None or record.deleted:
             return None
         if self._deletions != deletions:
             return await self._look_up(token)  # it may have been this one
         image, size = parse_reference(record.request.image), record.size + _KNOWN_BYTES
-        known = self._memory[token] = _Known(record.request, image, size)
+        known = _Known(record.request, image, size)
+        if record.is_valid(time()):
+            self._remember(token, known)
+        return known
+
+    def _remember(self, token: str, known: _Known) -> None:
+        self._forget(token)
+        self._memory[token] = known
         self._bytes += known.size
         while self._bytes > _MEMORY_BYTES and len(self._memory) > 1:
             self._forget(next(iter(self._memory)))
-        return known
 
     def _forget(self, token: str) -> None:
         known = self._memory.pop(token, None)

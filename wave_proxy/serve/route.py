@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import unquote
 
@@ -47,9 +48,18 @@ class Route:
 
 
 def unknown_token(token: str) -> NameUnknown:
-    """The one answer for a token that is malformed, unknown, expired, deleted, or for another repository."""
+    """The one answer for a token that is malformed, unknown, deleted, or for another repository."""
     return NameUnknown(
         f"Unknown Wave container for token '{token[:32]}': it was never issued, has expired, or is for another image"
+    )
+
+
+def ended_token(token: str, ended: float) -> NameUnknown:
+    """The answer for a token whose time is over, since ``ended`` (epoch seconds)."""
+    when = datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return NameUnknown(
+        f"The Wave container for token '{token}' has expired: it ended on {when}. Request the container again, and "
+        "pull it by the name in that answer"
     )
 
 

@@ -1,10 +1,11 @@
 """Tokens and what they stand for: owner of ``wave:token:*``, ``wave:made:*`` and ``wave:layer:*``.
 
 ``wave:token:<token>`` is a hash: ``request`` (JSON), and after the first pull ``source_digest`` and ``wave_digest``;
-``deleted`` once an operator has ended it. It outlives the token by the retention time, since the service still
-describes requests whose token has expired. ``wave:layer:<digest>`` holds an inline layer's gzip bytes, once for all
-requests that carry it. ``wave:made:<token>`` maps the digest of each manifest or config that we made for the token to
-the digest of the upstream manifest that it was made from, so that any worker can make it again.
+``expires`` (epoch seconds) once its end has been moved, ``deleted`` once an operator has ended it. It outlives the
+token by the retention time, since the service still describes requests whose token has expired. ``wave:layer:<digest>``
+holds an inline layer's gzip bytes, once for all requests that carry it. ``wave:made:<token>`` maps the digest of each
+manifest or config that we made for the token to the digest of the upstream manifest that it was made from, so that any
+worker can make it again.
 Deletions are announced on the channel ``wave:token-deleted``.
 """
 
@@ -53,9 +54,38 @@ end
 """
 
 
+# KEYS: a token's key. ARGV: its end as it was read, the new one, now (epoch seconds), and how long to keep the record.
+# Moves the end of a token that still works, only ever on; gives its end, nothing when it does not work.
+_EXTEND = """
+if redis.call('hexists', KEYS[1], 'request') == 0 or redis.call('hexists', KEYS[1], 'deleted') == 1 then
+    return false
+end
+local ends = redis.call('hget', KEYS[1], 'expires') or ARGV[1]
+if tonumber(ends) <= tonumber(ARGV[3]) then
+    return false
+end
+if tonumber(ends) < tonumber(ARGV[2]) then
+    ends = ARGV[2]
+    redis.call('hset', KEYS[1], 'expires', ends)
+    redis.call('expire', KEYS[1], ARGV[4])
+end
+return ends
+"""
+
+# KEYS: what goes with a token. ARGV: for how many seconds it is wanted.
+_KEEP = """
+if redis.call('ttl', KEYS[1]) < tonumber(ARGV[1]) then
+    redis.call('expire', KEYS[1], ARGV[1])
+end
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A request as it was recorded, whether its token still works or not. Digests are empty before the first pull."""
+    """A request as it was recorded, whether its token still works or not; ``request.expires`` is its end as of now.
+
+    Digests are empty before the first pull.
+    """
 
     token: str
     request: ContainerRequest
@@ -72,9 +102,10 @@ class TokenRecord:
 class TokenStore:
     """Container requests by token."""
 
-    def __init__(self, redis: Redis, retention_s: float = 7 * 86400) -> None:
+    def __init__(self, redis: Redis, retention_s: float = 7 * 86400, max_lifetime_s: float = 7 * 86400) -> None:
         self._redis = redis
         self._retention_s = retention_s
+        self._max_lifetime_s = max_lifetime_s
 
     async def put(self, request: ContainerRequest) -> str:
         """Record a request; returns its new token of 32 hex digits.
@@ -119,14 +150,39 @@ class TokenStore:
             fields = cast(dict[bytes, bytes], await self._redis.hgetall(_key(token)))
         if b"request" not in fields:
             return None
+        request = request_from_json(orjson.loads(fields[b"request"]))
+        if b"expires" in fields:
+            request = replace(request, expires=float(fields[b"expires"]))
         return TokenRecord(
             token=token,
-            request=request_from_json(orjson.loads(fields[b"request"])),
+            request=request,
             source_digest=fields.get(b"source_digest", b"").decode(),
             wave_digest=fields.get(b"wave_digest", b"").decode(),
             deleted=b"deleted" in fields,
             size=len(fields[b"request"]),
         )
+
+    async def extend(self, token: str, until: float) -> float:
+        """Let a token that works live until then (epoch seconds), or as long as tokens may; never less than it does.
+
+        Returns its end, 0.0 when it does not work. Other workers find out once it ends by what they know.
+        """
+        record, now = await self.find_record(token), time()
+        if record is None or not record.is_valid(now):
+            return 0.0
+        request = record.request
+        ends = max(min(until, request.created + self._max_lifetime_s), request.expires)
+        if ends == request.expires:
+            return ends
+        keep_s = int(ends - now + self._retention_s)
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            for layer in request.config.layers:
+                if layer.is_inline:
+                    pipe.eval(_KEEP, 1, _layer_key(layer.gzip_digest), keep_s)
+            pipe.eval(_KEEP, 1, _made_key(token), max(int(ends - now), 1))
+            pipe.eval(_EXTEND, 1, _key(token), repr(request.expires), repr(ends), repr(now), keep_s)
+            answers = await pipe.execute()
+        return float(answers[-1]) if answers[-1] is not None else 0.0
 
     async def delete(self, token: str) -> bool:
         """End a token on every worker; False when there was none that worked."""

@@ -134,10 +134,8 @@ class BearerTokens:
         what = f"a token for {endpoint.registry}/{key.scope.repository}"
         if response.status in (401, 403):
             said = await self._egress.explain(response)
-            raise Denied(
-                f"{authority_of(realm)} refuses {what} ({said}); "
-                f'check username and password in [registries."{endpoint.registry}"]'
-            )
+            place = (login and login.source) or f'[registries."{endpoint.registry}"]'
+            raise Denied(f"{authority_of(realm)} refuses {what} ({said}); check username and password in {place}")
         if response.status != 200:
             raise await self._egress.failure(response, what)
         token, lifetime_s = _read_token(await self._egress.read(response, _MAX_ANSWER_BYTES, what), what)

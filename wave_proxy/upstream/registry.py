@@ -459,19 +459,19 @@ class Registry:
         if origin_of(response.url) != origin_of(URL(subject.endpoint.url)):
             host = authority_of(response.url)
             return Denied(f"{host}, where registry {registry!r} sends us for {subject.name}, denies access ({said})")
-        if self._credentials.find(registry, subject.repository):
-            hint = "check username and password in"
+        login, place = self._credentials.find(registry, subject.repository), f'[registries."{registry}"]'
+        if login:
+            hint, place = "check username and password in", login.source or place
         else:
             hint = "if it exists and is private, set username and password in"
         if subject.is_push:
             hint = hint.replace("if it exists and is private, ", "")
             return Denied(
                 f"registry {registry!r} does not let us push to repository {subject.repository!r} ({said}); "
-                f'{hint} [registries."{registry}"]'
+                f"{hint} {place}"
             )
         return Denied(
-            f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); "
-            f'{hint} [registries."{registry}"]'
+            f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); {hint} {place}"
         )
 
 

@@ -1,6 +1,6 @@
 """From the configuration's registry tables, as plain values, to endpoints, logins and limits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -10,12 +10,14 @@ from wave_proxy.upstream.limits import Limit, Limits
 
 
 class RegistryTable(Protocol):
-    """One ``[registries."host"]`` table."""
+    """One ``[registries."host"]`` table, or one ``[registries."host/prefix"]`` with a login only."""
 
     @property
     def endpoint(self) -> str: ...
     @property
     def username(self) -> str: ...
+    @property
+    def users(self) -> tuple[str, ...]: ...
     @property
     def insecure(self) -> bool: ...
     @property
@@ -32,6 +34,10 @@ class RegistryTable(Protocol):
         """The password, from wherever the table says it is. Raises OSError when its file can't be read."""
 
 
+class _Secret(Protocol):
+    def get_secret_value(self) -> str: ...
+
+
 def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
     """Where each configured registry is reached, by its host in image names."""
     return {
@@ -43,7 +49,7 @@ def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
             ca_file=str(table.ca_file or ""),
             proxy=table.proxy,
         )
-        for host, table in tables.items()
+        for host, table in _of_hosts(tables)
     }
 
 
@@ -53,16 +59,30 @@ def with_own(endpoints: Mapping[str, Endpoint], authority: str, url: str) -> dic
     return {authority: endpoint_for(authority, url=url, insecure=insecure, allow_private=True), **endpoints}
 
 
+def own_login(authority: str, secret: _Secret) -> dict[str, Login]:
+    """The login of our own parts to our own registry; none without a secret."""
+    password = secret.get_secret_value()
+    return {authority: Login("_builder", password)} if password else {}
+
+
 def read_credentials(tables: Mapping[str, RegistryTable], own: Mapping[str, Login] | None = None) -> Credentials:
     """The logins of the registries that have a user, and ``own`` ones. Raises OSError for an unreadable password."""
-    found = {host: Login(table.username, table.read_password()) for host, table in tables.items() if table.username}
-    return Credentials({**(own or {}), **found})
+    found = {
+        place: Login(table.username, table.read_password(), f'[registries."{place}"]')
+        for place, table in tables.items()
+        if table.username
+    }
+    return Credentials({**(own or {}), **found}, {place: tables[place].users for place in found})
 
 
 def read_limits(tables: Mapping[str, RegistryTable], max_connections: int | None, workers: int) -> Limits:
     """One worker's part of the registries' limits; ``max_connections`` is for those that say nothing of their own."""
     limits = {
         host: Limit(table.max_connections or max_connections, table.max_bytes_per_second).share(workers)
-        for host, table in tables.items()
+        for host, table in _of_hosts(tables)
     }
     return Limits(limits, Limit(max_connections).share(workers))
+
+
+def _of_hosts(tables: Mapping[str, RegistryTable]) -> Iterable[tuple[str, RegistryTable]]:
+    return ((place, table) for place, table in tables.items() if "/" not in place)
