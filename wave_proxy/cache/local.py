@@ -47,6 +47,7 @@ from wave_proxy.image.oci import (
     read_json_object,
     read_manifest,
 )
+from wave_proxy.image.private import owner_of
 
 LOCAL = "local"
 """The first component of the repositories' names, as clients spell them."""
@@ -55,7 +56,7 @@ UPLOADS = "_uploads"
 """The folder of what is not finished."""
 
 _MAX_REFERRERS_BYTES = 4 << 20  # of one page, as of every manifest
-_LOCAL_ATTRIBUTE = "user.wave.local"  # of a blob's file: it was in a repository here
+_LOCAL_ATTRIBUTE = "user.wave.local"  # of a blob's file: it was in a repository here that is nobody's own
 _NO_LINK = frozenset({errno.ENOENT, errno.EXDEV, errno.EMLINK, errno.EPERM})
 _ELSEWHERE = ("nondistributable", "rootfs.foreign")  # layers that only their URLs have
 
@@ -261,8 +262,8 @@ class LocalRepositories:
                     with suppress(FileExistsError):
                         os.link(file, path)
                     _sync_folder(path.parent)
-                with suppress(OSError):  # a file system without such attributes
-                    os.setxattr(path, _LOCAL_ATTRIBUTE, b"")
+                if not owner_of(name):
+                    _note_public(path)
             finally:
                 if stored is not None:
                     stored.close()
@@ -270,13 +271,17 @@ class LocalRepositories:
     def mount(self, name: str, digest: str, source: str) -> bool:
         """Take a blob from another repository, from any when ``source`` is empty; whether that was possible."""
         origin = self._blob(source, digest) if source else self._blobs.path(digest)
-        # Who may push may read all local repositories; that one of them has it shows in the file, if it can at all.
+        # Who may push may read what is nobody's own; that a repository has it shows in the file, if it can at all.
         if not origin.exists() or not (source or _is_in_repository(origin)):
             return False
         path = self._blob(name, digest)
         with _storing():
             _make_folder(path.parent)
-            return _link(origin, path)
+            if not _link(origin, path):
+                return False
+        if not owner_of(name):
+            _note_public(path)
+        return True
 
     def delete_blob(self, name: str, digest: str) -> None:
         """Raises BlobUnknown when there is no such blob."""
@@ -415,6 +420,11 @@ def _link(source: Path, path: Path) -> bool:
         raise
     _sync_folder(path.parent)
     return True
+
+
+def _note_public(path: Path) -> None:
+    with suppress(OSError):  # a file system without such attributes
+        os.setxattr(path, _LOCAL_ATTRIBUTE, b"")
 
 
 def _is_in_repository(path: Path) -> bool:

@@ -24,11 +24,15 @@ class Logins:
 
     async def check(self, request: Request) -> str:
         """The user who may make changes. Raises Unauthorized, TooManyRequests."""
-        if self._anonymous:
-            return ANONYMOUS
+        return ANONYMOUS if self._anonymous else await self.check_account(request)
+
+    async def check_account(self, request: Request) -> str:
+        """The user whose login the request has. Raises Unauthorized, TooManyRequests."""
         authorization = request.header(b"authorization") or ""
         if not parse_basic(authorization)[0]:
-            raise Unauthorized("to push to a local repository or to delete from it takes a login of [accounts]")
+            raise Unauthorized(
+                "to push to a local repository, to delete from it, or to read a private one takes a login of [accounts]"
+            )
         return await self._accounts.check(authorization, request.client)
 
     async def check_given(self, request: Request) -> None:

@@ -97,7 +97,7 @@ class Puller:
         if route.kind in ("upload", "referrers") or request.method not in ("GET", "HEAD"):
             return await self._pusher.answer(request, route)
         if route.registry == LOCAL and owner_of(route.repository):
-            self._pusher.check_login(request)  # who has one may read all local repositories
+            await self._pusher.check_account(request)
             reply = await self._read(request, route, await self._resolver.resolve(route))
             reply.terms = None
             return reply

@@ -31,7 +31,7 @@ from wave_proxy.image.oci import (
 )
 from wave_proxy.image.private import owner_of
 from wave_proxy.image.reference import is_repository
-from wave_proxy.serve.login import CHALLENGE, Logins
+from wave_proxy.serve.login import ANONYMOUS, CHALLENGE, Logins
 from wave_proxy.serve.messages import API_VERSION, Reply, Request
 from wave_proxy.serve.route import Route, is_registry_path, kind_of
 
@@ -71,19 +71,21 @@ class Pusher:
         headers = [API_VERSION, ("Content-Type", "application/json")]
         return Reply(200, [*headers, CHALLENGE] if self._logins.asks else headers, b"{}")
 
-    def check_login(self, request: Request) -> None:
-        """Let pass who may push. Raises Unauthorized, TooManyRequests."""
-        self._logins.check(request)
+    async def check_account(self, request: Request) -> None:
+        """Let pass who has a login: he may read all local repositories. Raises Unauthorized, TooManyRequests."""
+        await self._logins.check_account(request)
 
     async def answer(self, request: Request, route: Route) -> Reply:
         """The reply to a request of a local route. Raises WaveError."""
         if route.kind == "referrers":
             if owner_of(route.repository):
-                self.check_login(request)
+                await self.check_account(request)
             return await asyncio.to_thread(self._list_referrers, route)
         user = await self._logins.check(request)
+        if owner_of(route.repository) and user == ANONYMOUS:
+            await self.check_account(request)
         if route.kind == "upload":
-            return await self._upload(request, route)
+            return await self._upload(request, route, may_read_all=user != ANONYMOUS)
         reply = await self._change(request, route)
         name = f"{LOCAL}/{route.repository}"
         _log.info("repository changed", method=request.method, name=name, reference=route.reference, user=user)
@@ -91,11 +93,11 @@ class Pusher:
 
     # --- uploads -----------------------------------------------------------------------------------------------------
 
-    async def _upload(self, request: Request, route: Route) -> Reply:
+    async def _upload(self, request: Request, route: Route, *, may_read_all: bool) -> Reply:
         name, upload_id = route.repository, route.reference
         match request.method:
             case "POST":
-                return await self._begin(request, route)
+                return await self._begin(request, route, may_read_all=may_read_all)
             case "PATCH":
                 received = await self._uploads.append(name, upload_id, _part(request))
                 return _standing(202, name, upload_id, received)
@@ -108,12 +110,13 @@ class Pusher:
                 return Reply(204, [API_VERSION])
         return _standing(204, name, upload_id, self._uploads.received(name, upload_id))
 
-    async def _begin(self, request: Request, route: Route) -> Reply:
+    async def _begin(self, request: Request, route: Route, *, may_read_all: bool) -> Reply:
         name, query = route.repository, _query(route)
         if "mount" in query:
             digest = parse_digest(query["mount"])
             source = query.get("from", "").removeprefix(f"{LOCAL}/")
             is_ours = "from" not in query or (source != query["from"] and is_repository(source))
+            is_ours = is_ours and (may_read_all or not owner_of(source))
             if is_ours and await asyncio.to_thread(self._local.mount, name, digest, source):
                 return _created(f"/v2/{LOCAL}/{name}/blobs/{digest}", digest)
         elif "digest" in query:
