@@ -29,6 +29,7 @@ from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
 from api.mirrors import Mirrors
 from api.orders import Orders
+from api.pages.site import Site
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
@@ -141,7 +142,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
     jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
     groups = (*jobs, scan_endpoints, inspections, metrics, pairing)
-    return create_app(containers, groups, partial(check, redis), settings.public_url)
+    pages = [Site(tokens, builds, inspections, settings.authority)] if settings.pages.enabled else []
+    return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
 
 
 def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:

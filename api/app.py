@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from api.containers import Containers
 from api.endpoints import route_of
+from api.pages.assets import Assets
 from api.reference import Reference
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
@@ -37,6 +38,7 @@ def create_app(
             *containers.routes,
             *(route for endpoints in others for route in endpoints.routes),
             *reference.routes,
+            *Assets().routes,
             *map(route_of, (service_info, Health(check_state).show, robots, favicon, landing)),
         ],
         middleware=[Middleware(Shield)],

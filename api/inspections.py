@@ -75,16 +75,25 @@ class Inspections:
 
         This is no pull, and has no limit. Without `platform` an index is answered as such.
         """
-        asked = parse_body(InspectSpec, await read_object(request, self._max_body_bytes))
+        document = await read_object(request, self._max_body_bytes)
+        platform = request.query_params.get("platform", "")
+        return json_reply(await self.look(document, platform, request.headers.get("authorization", "")))
+
+    async def look(self, document: dict[str, Any], platform: str, authorization: str = "") -> dict[str, Any]:
+        """The answer to a request with that body, platform and Authorization header.
+
+        Raises RequestInvalid, and what identities and registries raise.
+        """
+        asked = parse_body(InspectSpec, document)
         if asked.container_image is None:
             raise RequestInvalid("Missing 'containerImage' attribute")
-        platform = _platform(request.query_params.get("platform", ""))
-        identity = await self._identify(asked, request.headers.get("authorization", ""))
+        wanted = _platform(platform)
+        identity = await self._identify(asked, authorization)
         image = parse_reference(asked.container_image)
         shown = host_name(image.registry, self._endpoints, self._public_url)
         with explained(image):
             registry = await self._registries.open(identity, image)
-            return json_reply(await _inspect(registry, image, platform, shown))
+            return await _inspect(registry, image, wanted, shown)
 
     async def _identify(self, asked: InspectSpec, authorization: str) -> Identity:
         try:

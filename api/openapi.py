@@ -31,6 +31,11 @@ _PATHS: Mapping[str, Parameter] = {
         "The id of a build, `bd-<16 hex digits>_<number>`; also without `bd-`, and without the number for the newest.",
         place="path",
     ),
+    "mirror_id": Parameter(
+        "mirror_id",
+        "The id of a mirror, `mr-<16 hex digits>_<number>`; without the number that of the newest.",
+        place="path",
+    ),
     "scan_id": Parameter(
         "scan_id",
         "The id of a scan, `sc-<16 hex digits>_<number>`; also without `sc-`, and without the number for the newest.",
@@ -130,7 +135,9 @@ def _operation(one: Described, schemas: _Found) -> dict[str, Any]:
 
 def _parameters(endpoint: Endpoint) -> tuple[Parameter, ...]:
     _, _, names = compile_path(endpoint.path)
-    return (*(_PATHS[name] for name in names), *endpoint.parameters)
+    own = {parameter.name: parameter for parameter in endpoint.parameters}
+    in_path = [own.pop(name) if name in own else _PATHS[name] for name in names]
+    return (*in_path, *own.values())
 
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:

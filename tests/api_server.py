@@ -23,6 +23,7 @@ from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
 from api.mirrors import Mirrors
 from api.orders import Orders
+from api.pages.site import Site
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
 from api.scan_orders import ScanOrders
@@ -134,7 +135,8 @@ class ApiServer:
         )
         scan_endpoints = Scans(builds, reports, enabled=self._scans)
         others = (*jobs, scan_endpoints, inspections, UsageMetrics(usage, self._accounts))
-        return create_app(containers, others, partial(check, redis), f"http://{AUTHORITY}")
+        pages = Site(tokens, builds, inspections, AUTHORITY)
+        return create_app(containers, (*others, pages), partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -114,7 +114,11 @@ def test_the_wheel_is_complete(built: Built) -> None:
 
 
 def _sources(package: Path) -> list[Path]:
-    return [file for suffix in ("*.py", "*.pyi", "*.pyx", "*.j2") for file in package.rglob(suffix)]
+    return [
+        file
+        for suffix in ("*.py", "*.pyi", "*.pyx", "*.j2", "*.html", "*.css", "*.js")
+        for file in package.rglob(suffix)
+    ]
 
 
 def test_the_installed_program_knows_its_version(built: Built) -> None:

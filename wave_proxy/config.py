@@ -383,6 +383,12 @@ class ScanSettings(_Section):
     )
 
 
+class PagesSettings(_Section):
+    """Pages for people at `/view/…`, which clients print the addresses of."""
+
+    enabled: bool = Field(True, description="Whether there are any.")
+
+
 class LocalSettings(_Section):
     """Local repositories: images that are pushed here, and named `<server>/local/<name>`.
 
@@ -494,6 +500,7 @@ class Settings(BaseModel):
     scan: ScanSettings = ScanSettings.model_construct()
     local: LocalSettings = LocalSettings.model_construct()
     platform: PlatformSettings = PlatformSettings.model_construct()
+    pages: PagesSettings = PagesSettings.model_construct()
 
     @field_validator("server_url")
     @classmethod

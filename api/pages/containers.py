@@ -1,0 +1,108 @@
+"""The page of a container request."""
+
+from datetime import UTC, datetime, timedelta, timezone
+from re import compile as compile_pattern
+from time import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.answers import described
+from api.endpoints import HTML, Answer, endpoint, routes_of
+from api.pages.jobs import inspect_path, path_of
+from api.pages.render import Fact, fact, given, page
+from api.replies import json_reply
+from api.shapes import Message
+from wave_proxy.state.builds import BuildStore
+from wave_proxy.state.tokens import TokenRecord, TokenStore
+
+_TOKEN = compile_pattern(r"[0-9a-f]{32}")
+
+
+class ContainerPages:
+    """The pages of container requests; ``authority`` is what image names begin with."""
+
+    def __init__(self, tokens: TokenStore, builds: BuildStore, authority: str) -> None:
+        self._tokens = tokens
+        self._builds = builds
+        self._authority = authority
+        self.routes = routes_of(self)
+
+    @endpoint(
+        "GET",
+        "/view/containers/{token}",
+        "Pages",
+        {
+            200: Answer("The request.", media_types=(HTML,)),
+            404: Answer("The token is unknown, or its record is not kept any more.", Message),
+        },
+    )
+    async def show(self, request: Request) -> Response:
+        """A container request: what was asked for, and which image came of it."""
+        token: str = request.path_params["token"]
+        record = await self._tokens.find_record(token) if _TOKEN.fullmatch(token) else None
+        if record is None:
+            return json_reply({"message": f"Unknown container token: {token[:64]}"}, 404)
+        build = await self._builds.find(record.request.build_id) if record.request.build_id else None
+        told = described(record, build, self._authority)
+        config = told.get("containerConfig", {})
+        return page(
+            "container.html",
+            f"Container {token}",
+            _facts(record, told),
+            changes=_changes(config),
+            layers=config.get("layers", []),
+            files=[("Container file", told.get("containerFile")), ("Conda file", told.get("condaFile"))],
+        )
+
+
+def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
+    has_own_name = not (told.get("freeze") or told["mirror"])
+    job_id = told.get("buildId", "")
+    expires = datetime.fromisoformat(told["expiration"])
+    return [
+        fact("Image to pull", told["waveImage"]),
+        *given(fact("Its digest", told.get("waveDigest") if has_own_name else None)),
+        *(_lifetime(record, expires) if has_own_name else ()),
+        fact("Made from", told["sourceImage"], inspect_path(told["sourceImage"])),
+        *given(fact("Its digest", told.get("sourceDigest"))),
+        fact("Asked for at", _in_zone(told["timestamp"], told["zoneId"])),
+        *given(
+            fact("Platform", told.get("platform")),
+            fact("Build", job_id, path_of("builds", job_id)),
+            fact("Build begun for this request", told.get("buildNew")),
+            fact("Frozen", told.get("freeze")),
+            fact("Build repository", told.get("buildRepository")),
+            fact("Cache repository", told.get("cacheRepository")),
+            fact("Fusion", told.get("fusionVersion")),
+            fact("Fingerprint", told.get("fingerprint")),
+            fact("User id", told.get("user", {}).get("id")),
+            fact("Workspace", told.get("workspaceId")),
+            fact("Platform endpoint", told.get("towerEndpoint")),
+        ),
+    ]
+
+
+def _lifetime(record: TokenRecord, expires: datetime) -> list[Fact]:
+    if record.deleted:
+        return [fact("Token", "was ended by an operator")]
+    return [fact("Token works until" if record.is_valid(time()) else "Token has ended at", expires)]
+
+
+def _changes(config: dict[str, Any]) -> list[Fact]:
+    return given(
+        fact("Entrypoint", config.get("entrypoint")),
+        fact("Command", config.get("cmd")),
+        fact("Environment", config.get("env")),
+        fact("Working directory", config.get("workingDir")),
+    )
+
+
+def _in_zone(timestamp: str, zone: str) -> datetime:
+    """A time as the API tells it, on the clock of who asked; ``zone`` is ``Z`` or ``+hh:mm``."""
+    moment = datetime.fromisoformat(timestamp)
+    if zone == "Z":
+        return moment.astimezone(UTC)
+    sign, hours, minutes = (-1 if zone[0] == "-" else 1), int(zone[1:3]), int(zone[4:6])
+    return moment.astimezone(timezone(sign * timedelta(hours=hours, minutes=minutes)))

@@ -1,0 +1,275 @@
+"""What pages tell: the facts of the API, whatever characters they have. The test builds."""
+
+from base64 import b64encode
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from bench.images import image, index, layer
+from bench.upstream import Upstream
+from tests.api_server import ApiServer
+from tests.pages.html import Page, read_page
+from tests.servers import redis_server
+from wave_proxy.image.build import BuildSpec, Compression
+from wave_proxy.image.request import Identity
+from wave_proxy.state.builds import BuildLimits, BuildStore, Claim
+from wave_proxy.state.redis import connect
+
+EVIL = """</pre></script><script>alert("1")</script><img src=x onerror='alert(1)'> & {{ 7 * 7 }}"""
+DIGEST = f"sha256:{'d' * 64}"
+BASE = image([layer({"base": "1"})])
+ADDED = layer({"added": "1"})
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A server with a registry; ``redis`` is where a builder finds its builds."""
+
+    api: ApiServer
+    redis: str
+    registry: Upstream
+
+    @property
+    def base(self) -> str:
+        return f"{self.registry.address}/library/base:1.0"
+
+    def view(self, path: str) -> Page:
+        """A page that is there."""
+        answer = self.api.request("GET", f"/view/{path}")
+        assert answer.status == 200, answer.body
+        return read_page(answer)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with (
+        redis_server(tmp_path_factory.mktemp("redis")) as redis,
+        Upstream() as registry,
+        ApiServer(
+            redis, upstreams=[registry.address], build_repository=f"{registry.address}/builds", accounts={}
+        ) as api,
+    ):
+        registry.add("library/base", BASE, "1.0")
+        platforms = ("linux/amd64", "linux/arm64")
+        registry.add("library/multi", index([image([layer({"a": name})], platform=name) for name in platforms]), "1.0")
+        yield Scene(api, redis, registry)
+
+
+class Builder:
+    """Builds as they are wanted."""
+
+    def __init__(self, store: BuildStore) -> None:
+        self.store = store
+        self._random = Random()
+
+    async def start(self, **changes: Any) -> Claim:
+        """A build that runs."""
+
+        async def admit() -> None:
+            pass
+
+        container_id = self._random.randbytes(8).hex()
+        spec = BuildSpec(container_id, f"wave.example:9090/local/build:{container_id}", "FROM scratch\n")
+        record, _ = await self.store.submit(replace(spec, **changes), admit)
+        claim = await self.store.claim("test", 5)
+        assert claim is not None
+        assert claim.record.build_id == record.build_id
+        return claim
+
+
+@pytest.fixture
+async def builder(scene: Scene) -> AsyncIterator[Builder]:
+    async with connect(scene.redis) as redis:
+        yield Builder(BuildStore(redis, BuildLimits(1000)))
+
+
+# --- builds ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_build_from_its_beginning_to_its_end(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(
+        container_file=f"FROM ubuntu\nRUN echo '{EVIL}'\n",
+        conda_file=f"dependencies: ['{EVIL}']\n",
+        template="conda/micromamba:v2",
+        compression=Compression("zstd"),
+        identity=Identity(user_id=7, email="ann@example.com"),
+        ip_address="192.0.2.7",
+    )
+    build_id, log_path = claim.record.build_id, f"/v1alpha1/builds/{claim.record.build_id}/logs"
+    await builder.store.append_log(claim, f"\x1b[1mone\x1b[0m {EVIL}\ntwo".encode())
+    page = scene.view(f"builds/{build_id}")
+    assert page.facts()[f"Build {build_id}"] == "Running"
+    assert page.facts()["Duration"] == page.facts()["Exit status"] == "-"
+    assert f"RUN echo '{EVIL}'\n" in page.text
+    assert f"dependencies: ['{EVIL}']\n" in page.text
+    assert f"one {EVIL}\ntwo" in page.text
+    size = len(f"\x1b[1mone\x1b[0m {EVIL}\ntwo")
+    assert ("pre", {"id": "log", "tabindex": "0", "data-follow": f"{log_path}?offset={size}"}) in page.elements
+
+    await builder.store.finish(claim, exit_status=0, digest=DIGEST, lock=b"@EXPLICIT\n")
+    page = scene.view(f"builds/{build_id}")
+    facts = page.facts()
+    assert facts[f"Build {build_id}"] == "Succeeded"
+    assert (facts["Digest"], facts["Exit status"], facts["Duration"]) == (DIGEST, "0", "0:00")
+    assert (facts["Template"], facts["Compression"], facts["User id"]) == ("conda/micromamba:v2", "zstd", "7")
+    assert page.links["the packages that were chosen"] == f"/v1alpha1/builds/{build_id}/condalock"
+    assert page.links["All of it as text"] == log_path
+    assert ("pre", {"id": "log", "tabindex": "0"}) in page.elements
+    assert "ann@example.com" not in page.source
+    assert "192.0.2.7" not in page.source
+
+
+async def test_a_build_that_failed_says_why(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(format="sif")
+    await builder.store.finish(claim, exit_status=137, reason=f"killed by {EVIL}")
+    page = scene.view(f"builds/{claim.record.build_id}")
+    assert f"Failed: killed by {EVIL}" in page.text
+    assert page.facts()["Exit status"] == "137"
+    assert page.facts()["Format"] == "SINGULARITY"
+    assert claim.record.spec.image not in page.links
+
+
+async def test_builds_without_a_number(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start()
+    series = claim.record.spec.series
+    await builder.store.finish(claim, exit_status=1, reason="broken")
+    for text in (series, series[3:]):
+        answer = scene.api.request("GET", f"/view/builds/{text}")
+        assert (answer.status, answer.headers["Location"]) == (307, f"/view/builds/{series}_1")
+    again = await builder.start(container_id=series[3:], target_image="wave.example:9090/other:1")
+    page = scene.view(f"builds/{series}")
+    assert [href for text, href in page.links.items() if text.startswith("bd-")] == [
+        f"/view/builds/{series}_2",
+        f"/view/builds/{series}_1",
+    ]
+    assert f"{series}_2 Running" in page.text
+    assert f"{series}_1 Failed" in page.text
+    await builder.store.finish(again, exit_status=0, digest=DIGEST)
+
+
+@pytest.mark.parametrize(
+    ("asked", "page"),
+    [
+        ("bd-beac24afd572398d-1", "bd-beac24afd572398d_1"),
+        ("12345-1", "12345_1"),
+        ("%2F%2Fevil.test-1", ""),
+        ("a%20%3Cb%3E-1", "a%20%3Cb%3E_1"),
+    ],
+)
+def test_a_dash_before_the_number_is_put_right(scene: Scene, asked: str, page: str) -> None:
+    answer = scene.api.request("GET", f"/view/builds/{asked}")
+    if page:
+        assert (answer.status, answer.headers["Location"]) == (301, f"/view/builds/{page}")
+    else:
+        assert answer.status == 404
+
+
+@pytest.mark.parametrize("asked", ["bd-0123456789abcdef_1", "0123456789abcdef", "bd-1234567890123456", "x", "*"])
+def test_what_is_no_build(scene: Scene, asked: str) -> None:
+    assert f"Unknown build id '{asked}'" in scene.view(f"builds/{asked}").text
+
+
+def test_an_unknown_id_is_shown_as_it_is(scene: Scene) -> None:
+    page = scene.view("builds/%3Cscript%3Ealert(1)%3Cb%3E")
+    assert "Unknown build id '<script>alert(1)<b>'" in page.text
+
+
+# --- containers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_container(scene: Scene) -> None:
+    config = {
+        "env": [f"A={EVIL}"],
+        "cmd": ["sh", "-c", f"echo {EVIL}\nls"],
+        "entrypoint": ["/entry"],
+        "workingDir": f"/{EVIL}",
+        "layers": [ADDED.inline()],
+    }
+    answer = scene.api.submit(
+        containerImage=scene.base,
+        containerConfig=config,
+        fingerprint=EVIL,
+        timestamp="2024-04-09T22:31:00+02:00",
+        towerAccessToken=None,
+    )
+    page = scene.view(f"containers/{answer['requestId']}")
+    facts = page.facts()
+    assert facts["Image to pull"] == answer["targetImage"]
+    assert facts["Asked for at"] == "2024-04-09 22:31 (GMT+2)"
+    assert facts["Fingerprint"] == EVIL
+    assert facts["Environment"] == f"A={EVIL}"
+    assert facts["Working directory"] == f"/{EVIL}"
+    assert f"echo {EVIL}\nls" in page.text
+    assert page.links[scene.base] == f"/view/inspect?image={scene.base.replace('/', '%2F').replace(':', '%3A')}"
+    assert ADDED.digest in page.text
+    assert "data:DATA+OMITTED" in page.text
+
+
+def test_a_container_that_is_built(scene: Scene) -> None:
+    file = f'FROM scratch\nLABEL a="{EVIL}"\n'
+    answer = scene.api.submit(containerFile=b64encode(file.encode()).decode())
+    page = scene.view(f"containers/{answer['requestId']}")
+    assert file in page.text
+    assert page.links[answer["buildId"]] == f"/view/builds/{answer['buildId']}"
+    waiting = scene.view(f"builds/{answer['buildId']}")
+    assert waiting.facts()[f"Build {answer['buildId']}"] == "Waiting"
+    assert answer["requestId"] not in waiting.source
+
+
+@pytest.mark.parametrize("token", ["0" * 32, "abc", "<b>", "0" * 500])
+def test_an_unknown_token(scene: Scene, token: str) -> None:
+    answer = scene.api.request("GET", f"/view/containers/{token}")
+    assert answer.status == 404
+    assert answer.json() == {"message": f"Unknown container token: {token[:64]}"}
+
+
+# --- inspection ------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_inspected(scene: Scene) -> None:
+    page = scene.view(f"inspect?image={scene.base}")
+    assert BASE.digest in page.text
+    assert scene.base in [attributes.get("value") for tag, attributes in page.elements if tag == "input"]
+
+
+def test_one_platform_of_an_index_is_inspected(scene: Scene) -> None:
+    name = f"{scene.registry.address}/library/multi:1.0"
+    assert '"index": {' in scene.view(f"inspect?image={name}").text
+    one = scene.view(f"inspect?image={name}&platform=linux/arm64")
+    assert '"architecture": "arm64"' in one.text
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("", ""),
+        ("?image=%3Cscript%3Ealert(1)%3C/script%3E", "<script>alert(1)</script>"),
+        ("?image=a&platform=%22%20onfocus=%22alert(1)", '" onfocus="alert(1)'),
+        ("?image=127.0.0.1:1/a/b", "allow_private"),
+        (f"?image={'x' * 5000}", "has 5000 bytes"),
+    ],
+)
+def test_what_can_not_be_inspected(scene: Scene, query: str, text: str) -> None:
+    assert text in scene.view(f"inspect{query}").text
+
+
+# --- around them -----------------------------------------------------------------------------------------------------
+
+
+def test_what_pages_load_may_be_kept_for_good(scene: Scene) -> None:
+    page = scene.view("inspect")
+    (sheet,) = [attributes["href"] for tag, attributes in page.elements if tag == "link"]
+    answer = scene.api.request("GET", sheet)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/css; charset=utf-8")
+    assert answer.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    for other in ("/assets/pages.css", "/assets/..%2Frender.py", "/assets/"):
+        assert scene.api.request("GET", other).status == 404
+
+
+def test_head_has_the_length_of_the_page(scene: Scene) -> None:
+    answer = scene.api.request("HEAD", "/view/inspect")
+    assert (answer.status, answer.body) == (200, b"")
+    assert int(answer.headers["Content-Length"]) == len(scene.api.request("GET", "/view/inspect").body)
