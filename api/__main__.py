@@ -115,7 +115,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
-    scans = _scans(settings.scan, builds, reports)
+    scans = _scans(settings.scan, builds, reports, usage)
     containers = Containers(
         tokens,
         registries,
@@ -169,10 +169,11 @@ def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
     )
 
 
-def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports) -> ScanOrders:
+def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports, usage: Usage) -> ScanOrders:
     return ScanOrders(
         builds,
         reports,
+        usage,
         enabled=bool(settings.program),
         timeout_s=settings.timeout,
         memory_s=settings.repeat_after,

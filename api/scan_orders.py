@@ -10,6 +10,7 @@ from wave_proxy.image.request import ContainerRequest
 from wave_proxy.image.scan import Scan
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.scans import ScanReports
+from wave_proxy.state.usage import Usage
 
 
 class ScanOrders:
@@ -22,6 +23,7 @@ class ScanOrders:
         self,
         builds: BuildStore,
         reports: ScanReports,
+        usage: Usage,
         *,
         enabled: bool = False,
         timeout_s: float = 900.0,
@@ -29,6 +31,7 @@ class ScanOrders:
     ) -> None:
         self._builds = builds
         self._reports = reports
+        self._usage = usage
         self.enabled = enabled
         self._timeout_s = timeout_s
         self._memory_s = memory_s
@@ -104,7 +107,9 @@ class ScanOrders:
     async def _submit(self, spec: BuildSpec, job: BuildRecord | None) -> str:
         known = await self._builds.find_by_target(spec.slot)
         gone = known.build_id if known is not None and self._is_old(known, job) else ""
-        record, _ = await self._builds.submit(spec, _admit, gone=gone, after=job.build_id if job else "")
+        record, is_new = await self._builds.submit(spec, _admit, gone=gone, after=job.build_id if job else "")
+        if is_new:
+            self._usage.count_job("scans", spec.identity.email, spec.platform)
         return record.build_id
 
     def _is_old(self, scan: BuildRecord, job: BuildRecord | None) -> bool:

@@ -109,7 +109,7 @@ class ApiServer:
         stack.push_async_callback(quotas.close)
         planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
         reports = ScanReports(redis)
-        scans = ScanOrders(builds, reports, enabled=self._scans)
+        scans = ScanOrders(builds, reports, usage, enabled=self._scans)
         containers = Containers(
             tokens,
             registries,

@@ -14,11 +14,12 @@ from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.servers import redis_server
 from wave_proxy.image.build import BuildRecord, BuildSpec
-from wave_proxy.image.request import ContainerRequest
+from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.image.scan import Vulnerability, count_severities
 from wave_proxy.state.builds import BuildLimits, BuildStore, Claim
 from wave_proxy.state.redis import Redis, connect
 from wave_proxy.state.scans import ScanReports
+from wave_proxy.state.usage import Usage
 
 NOT_ENABLED = (
     "Security scan service is not enabled - Check Wave configuration setting 'wave.scan.enabled'"
@@ -228,11 +229,25 @@ async def test_after_a_while_an_image_is_scanned_again(redis: Redis, builder: Bu
 
 async def _of_image(redis: Redis, builder: Builder, registry: Upstream, *, memory_s: float) -> str:
     """The id of a scan of one and the same image, which is done."""
-    orders = ScanOrders(builder.builds, ScanReports(redis), enabled=True, memory_s=memory_s)
+    orders = ScanOrders(builder.builds, ScanReports(redis), Usage(redis), enabled=True, memory_s=memory_s)
     wanted = ContainerRequest(image=f"{registry.address}/library/aging:1", scan_mode="async")
     (scan_id,) = await orders.of_image(wanted, BUILT.digest)
     await builder.scan({"scanId": scan_id})
     return scan_id
+
+
+async def test_scans_are_counted_when_they_are_begun(redis: Redis, builder: Builder, registry: Upstream) -> None:
+    usage = Usage(redis)
+    orders = ScanOrders(builder.builds, ScanReports(redis), usage, enabled=True)
+    identity = Identity(email="ada@scans.example")
+    image = f"{registry.address}/library/counted:1"
+    wanted = ContainerRequest(image, platforms=("linux/arm64",), identity=identity, scan_mode="async")
+    for _ in range(3):  # the second and the third join the first
+        (scan_id,) = await orders.of_image(wanted, BUILT.digest)
+    await builder.scan({"scanId": scan_id})
+    await usage.close()
+    counts = [await usage.read("scans", None, "scans.example", name) for name in (None, "arm64", "amd64")]
+    assert [found.count for found in counts] == [1, 1, 0]
 
 
 # --- builds ----------------------------------------------------------------------------------------------------------
@@ -427,7 +442,7 @@ def test_the_ids_are_those_of_the_service() -> None:
 async def test_the_id_of_a_build_on_docker_hub_is_that_of_the_api_page(redis: Redis, builder: Builder) -> None:
     tag = "bwa-0.7.15_salmon-1.10.0_samtools-1.17--40730eb5c2c3dc6e"
     spec = BuildSpec("40730eb5c2c3dc6e", f"docker.io/hrma017/dev:{tag}", "", build_repository="hrma017/dev")
-    orders = ScanOrders(builder.builds, ScanReports(redis), enabled=True)
+    orders = ScanOrders(builder.builds, ScanReports(redis), Usage(redis), enabled=True)
     (scan_id,) = await orders.of_job(spec, "bd-40730eb5c2c3dc6e_1", is_cached=False, asked=False)
     assert scan_id == "sc-f36486d1a7e3053a_1"
 
