@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
+from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.inspections import Inspections
 from api.job_logs import JobLogs
@@ -52,6 +53,7 @@ from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, Endpoint
+from wave_proxy.upstream.logins import LoginChecks
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
 
@@ -110,7 +112,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
     credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
-    registries = Registries(_registry(settings, endpoints, stack), credentials, f"{settings.authority}/local")
+    egress = _egress(settings, endpoints, stack)
+    registries = Registries(_registry(settings, egress, stack), credentials, f"{settings.authority}/local")
     identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
@@ -138,15 +141,16 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
+    checks = CredentialChecks(LoginChecks(egress, endpoints), max_body_bytes=settings.http.max_body_bytes)
     pairing = _pairing(settings.platform, redis, stack)
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
     jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
-    groups = (*jobs, scan_endpoints, inspections, metrics, pairing)
+    groups = (*jobs, scan_endpoints, inspections, checks, metrics, pairing)
     pages = [Site(tokens, builds, inspections, settings.authority)] if settings.pages.enabled else []
     return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
 
 
-def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:
+def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Egress:
     egress = Egress(
         with_own(endpoints, settings.authority, settings.own_url),
         connect_timeout_s=settings.upstream.connect_timeout,
@@ -155,6 +159,10 @@ def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncEx
         offline=settings.upstream.offline,
     )
     stack.push_async_callback(egress.close)
+    return egress
+
+
+def _registry(settings: Settings, egress: Egress, stack: AsyncExitStack) -> Registry:
     registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
     return registry
