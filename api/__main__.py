@@ -18,14 +18,14 @@ import uvicorn
 import uvloop
 from starlette.applications import Starlette
 
-from api.app import create_app
+from api.app import Endpoints, create_app
 from api.builds import Builds
 from api.containers import Containers
-from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.inspections import Inspections
 from api.job_logs import JobLogs
 from api.locations import OpenHosts, address_of
+from api.logins import InternalLogins
 from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
 from api.mirrors import Mirrors
@@ -33,7 +33,9 @@ from api.orders import Orders
 from api.pages.site import Site
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
+from api.platforms import Platforms
 from api.registries import Registries
+from api.remembered import Remembered
 from api.scan_orders import ScanOrders
 from api.scans import Scans
 from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, ScanSettings, Settings, receive
@@ -42,18 +44,22 @@ from wave_proxy.image.limit import parse_limit
 from wave_proxy.logs import configure
 from wave_proxy.readiness import raise_file_limit, say_ready
 from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.answers import Answers
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.channel import Channel
 from wave_proxy.state.identities import AccessTokens
+from wave_proxy.state.jwts import TokenPairs
 from wave_proxy.state.pairing import Pairings
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.aws import AwsKeys, Ecr
 from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.direct import DirectTransport
 from wave_proxy.upstream.egress import Egress, Endpoint
-from wave_proxy.upstream.logins import LoginChecks
+from wave_proxy.upstream.platform import PlatformClient
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
 
@@ -112,9 +118,10 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
     credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
-    egress = _egress(settings, endpoints, stack)
-    registries = Registries(_registry(settings, egress, stack), credentials, f"{settings.authority}/local")
-    identities = Identities(AccessTokens(redis), anonymous=settings.access.anonymous)
+    channel, local = Channel(redis), f"{settings.authority}/local"
+    platforms = _platforms(settings, redis, channel, stack)
+    registries = Registries(_registry(settings, endpoints, stack), credentials, local, platforms)
+    identities = Identities(AccessTokens(redis), platforms, anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
@@ -141,18 +148,26 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    checks = CredentialChecks(LoginChecks(egress, endpoints), max_body_bytes=settings.http.max_body_bytes)
-    pairing = _pairing(settings.platform, redis, stack)
+    paired: list[Endpoints] = [_pairing(settings.platform, redis, channel)]
+    if platforms is not None:
+        paired.append(InternalLogins(tokens, platforms))
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
     jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
-    groups = (*jobs, scan_endpoints, inspections, checks, metrics, pairing)
+    groups: tuple[Endpoints, ...] = (*jobs, scan_endpoints, inspections, metrics, *paired)
     pages = [Site(tokens, builds, inspections, settings.authority)] if settings.pages.enabled else []
     return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
 
 
+def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:
+    egress = _egress(settings, with_own(endpoints, settings.authority, settings.own_url), stack)
+    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
+    stack.push_async_callback(registry.close)
+    return registry
+
+
 def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Egress:
     egress = Egress(
-        with_own(endpoints, settings.authority, settings.own_url),
+        endpoints,
         connect_timeout_s=settings.upstream.connect_timeout,
         response_timeout_s=settings.upstream.response_timeout,
         idle_timeout_s=settings.upstream.idle_timeout,
@@ -160,12 +175,6 @@ def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExit
     )
     stack.push_async_callback(egress.close)
     return egress
-
-
-def _registry(settings: Settings, egress: Egress, stack: AsyncExitStack) -> Registry:
-    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
-    stack.push_async_callback(registry.close)
-    return registry
 
 
 def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
@@ -234,11 +243,30 @@ def _orders(
     return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
 
 
-def _pairing(settings: PlatformSettings, redis: Redis, stack: AsyncExitStack) -> PairingEndpoint:
+def _platforms(settings: Settings, redis: Redis, channel: Channel, stack: AsyncExitStack) -> Platforms | None:
+    platform, build = settings.platform, settings.build
+    if not platform.enabled:
+        return None
+    stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
+    egress = _egress(settings, {}, stack)
+    transport = DirectTransport(egress, allow_private=platform.allow_private) if platform.direct else channel
+    remembered = Remembered(Answers(redis, settings.tokens.max_lifetime), platform.patience)
+    stack.push_async_callback(remembered.close)
+    keys = AwsKeys(platform.aws_access_key, platform.aws_secret_key.get_secret_value())
+    pairs = TokenPairs(redis)
+    return Platforms(
+        platform.endpoints,
+        Pairings(redis),
+        PlatformClient(transport, pairs),
+        pairs,
+        remembered,
+        Ecr(egress, url=platform.aws_url, own=keys if keys.access_key else None),
+        own=[place for place in (settings.authority, build.repository, build.cache_repository) if place],
+    )
+
+
+def _pairing(settings: PlatformSettings, redis: Redis, channel: Channel) -> PairingEndpoint:
     rules = PairingRules(settings.endpoints, settings.pairing_token.get_secret_value(), enabled=settings.enabled)
-    channel = Channel(redis)
-    if settings.enabled:
-        stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
     return PairingEndpoint(rules, Pairings(redis), channel)
 
 

@@ -1,7 +1,7 @@
 """Mirrors that requests ask for: found done, joined, or begun (``wave.md`` §4.4 and 4.13)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from api.answers import Outcome
 from api.inspection import explained
@@ -83,7 +83,7 @@ class Mirroring:
     async def place(self, spec: BuildSpec, *, dry_run: bool) -> Outcome:
         """Have an image mirrored, unless its copy is there or being made. Never waits for a mirror.
 
-        Raises RequestInvalid, TooManyRequests, UpstreamUnavailable, StateUnavailable.
+        Raises RequestInvalid, TooManyRequests, UpstreamUnavailable, PlatformError, StateUnavailable.
         """
         # Asked for in this order: of a mirror that ends in between, the registry says that its image is there.
         known = await self._builds.find_by_target(spec.slot)
@@ -99,7 +99,8 @@ class Mirroring:
         if there and is_ours and not is_same and known is not None:
             raise _taken(spec, "is the mirror of another image")
         gone = known.build_id if known is not None and known.succeeded else ""
-        record, is_new = await self._builds.submit(spec, _admit, gone=gone)
+        logins = await self._registries.logins_for(spec.identity, parse_reference(spec.target_image))
+        record, is_new = await self._builds.submit(replace(spec, logins=logins), _admit, gone=gone)
         if record.spec.source_image != spec.source_image:
             raise _taken(spec, "is being mirrored from another image; try again when that has ended")
         if is_new:

@@ -106,16 +106,19 @@ class Planner:
         )
 
     async def keep(self, spec: BuildSpec) -> BuildSpec:
-        """The spec with its inline layers and context kept apart, for the builder to find.
+        """The spec with its inline layers and context kept apart, for the builder to find, and the user's own logins.
 
-        Raises RequestInvalid for those that are not what they say.
+        Raises RequestInvalid for those that are not what they say, PlatformError.
         """
         carried = (*spec.layers, *((spec.context,) if spec.context else ()))
         try:
             kept = await self._tokens.keep_layers(carried, self._defaults.kept_s)
         except ContentMismatch as err:  # the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
-        return replace(spec, layers=kept[: len(spec.layers)], context=kept[-1] if spec.context else None)
+        written = [parse_reference(name) for name in (spec.cache_repository, spec.target_image) if name]
+        logins = await self._registries.logins_for(spec.identity, *written)
+        context = kept[-1] if spec.context else None
+        return replace(spec, layers=kept[: len(spec.layers)], context=context, logins=logins)
 
     async def find_image(self, spec: BuildSpec) -> str:
         """The digest of the image that a build would make; empty when it is not there.

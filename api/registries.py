@@ -1,5 +1,7 @@
 """The world's registries, each as the one who asks may read it."""
 
+from typing import Protocol
+
 from wave_proxy.errors import Denied
 from wave_proxy.image.private import owner_of
 from wave_proxy.image.reference import Reference
@@ -8,14 +10,28 @@ from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.registry import Registry
 
 
+class PlatformLogins(Protocol):
+    """Logins that users have at a Platform."""
+
+    async def find_login(self, identity: Identity, registry: str, repository: str) -> Login | None:
+        """The user's login for a repository; None when he has none. Raises what a Platform makes of it."""
+
+
 class Registries:
     """Gives the client for an image, with the login that applies to who asks."""
 
-    def __init__(self, registry: Registry, credentials: Credentials | None = None, local: str = "") -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        credentials: Credentials | None = None,
+        local: str = "",
+        platforms: PlatformLogins | None = None,
+    ) -> None:
         """``local`` is what the names of our own repositories begin with; ``registry`` needs no logins."""
         self._registry = registry
         self._credentials = credentials or Credentials({})
         self._local = f"{local}/"
+        self._platforms = platforms
 
     async def open(self, identity: Identity, image: Reference) -> Registry:
         """The client to read (or write) ``image``'s repository as ``identity`` may. Raises Denied."""
@@ -24,8 +40,22 @@ class Registries:
         return self._registry.acting_as(Credentials({image.registry: login} if login else {}))
 
     async def find_login(self, identity: Identity, registry: str, repository: str) -> Login | None:
-        """The login that applies to that user for a repository; None where it is read without one."""
-        return self._credentials.find(registry, repository, identity.local_email)
+        """The login that applies to that user for a repository; None where it is read without one.
+
+        Raises PlatformError.
+        """
+        own = await self._find_own(identity, registry, repository)
+        return own or self._credentials.find(registry, repository, identity.local_email)
+
+    async def logins_for(self, identity: Identity, *images: Reference) -> tuple[tuple[str, str, str], ...]:
+        """What ``BuildSpec.logins`` holds: the logins that the user brings for these images. Raises PlatformError."""
+        found = {image.registry: await self._find_own(identity, image.registry, image.repository) for image in images}
+        return tuple((host, login.username, login.password) for host, login in found.items() if login)
+
+    async def _find_own(self, identity: Identity, registry: str, repository: str) -> Login | None:
+        if self._platforms is None or not identity.is_platform:
+            return None
+        return await self._platforms.find_login(identity, registry, repository)
 
     def is_everybodys(self, login: Login | None, registry: str, repository: str) -> bool:
         """Whether anybody would read that repository as one does with that login."""

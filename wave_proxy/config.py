@@ -430,6 +430,11 @@ class PlatformSettings(_Section):
     allow_private: bool = Field(
         False, description="With `direct`: whether Platforms may be at loopback or private addresses."
     )
+    aws_access_key: str = Field(
+        "", description="Access key of this server, with which it takes on the AWS roles that users name for ECR."
+    )
+    aws_secret_key: SecretStr = Field(SecretStr(""), description="The secret of that access key.")
+    aws_url: str = Field("", description="Where Amazon's ECR and STS are reached; empty: by their own addresses.")
     patience: Duration = Field(
         15.0, description="So long a Platform that does not answer is asked again, before the request fails."
     )

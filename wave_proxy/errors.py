@@ -33,6 +33,7 @@
     │   │   ├── UpstreamFailing  503  it answered, with 5xx
     │   │   └── Offline          503  this proxy is not to connect to anything
     │   └── UpstreamTimeout      504
+    ├── PlatformError             the status that a Platform gave, or 503 and 408 when it gave none
     ├── StorageFull              507  the data folder has no room, and the answer needs some
     ├── StateUnavailable         503  Redis does not answer
     ├── StillBuilding            503  a pull was held for as long as its client bears, and the build goes on
@@ -43,11 +44,13 @@ Messages are shown to people: they say what was wrong, with which value, and wha
 
 from typing import ClassVar
 
+_MAX_BODY = 200
+
 
 class WaveError(Exception):
     """Base of all errors that become an answer; ``str(error)`` is the message for the client."""
 
-    status: ClassVar[int] = 500
+    status: int = 500
     code: ClassVar[str] = "UNKNOWN"
     retry_after_s: int | None = None
 
@@ -127,7 +130,7 @@ class Unauthorized(WaveError):
 
 
 class AccessTokenRefused(Unauthorized):
-    """An access token that this server did not issue, or that has ended; the message is in ASCII, for a header."""
+    """An access token that nobody here has issued, or that has ended; the message is in ASCII, for a header."""
 
 
 class Denied(WaveError):
@@ -276,6 +279,24 @@ class UpstreamTimeout(UpstreamError):
     """The registry did not answer in time."""
 
     status = 504
+
+
+class PlatformError(WaveError):
+    """A Seqera Platform refuses, fails or does not answer; ``body`` is what it said.
+
+    Source of status and text: ``wave.md`` §0.4 and 10.4.
+    """
+
+    def __init__(self, status: int, message: str, body: str = "") -> None:
+        said = body if len(body) <= _MAX_BODY else f"{body[:_MAX_BODY]}…"
+        super().__init__(f"{message} - HTTP status={status} - response={said or '-'}")
+        self.status = status
+        self.retry_after_s = 5 if self.is_temporary else None
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether it says nothing about what was asked."""
+        return self.status in (408, 429) or self.status >= 500
 
 
 class StorageFull(WaveError):

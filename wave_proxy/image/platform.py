@@ -45,6 +45,31 @@ class PairingRecord:
     expires: float
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A user's tokens as they are now; ``refresh`` is empty for tokens that do not expire."""
+
+    access: str = field(repr=False)
+    refresh: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformUser:
+    """A user of a Platform."""
+
+    user_id: int
+    email: str
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialsEntry:
+    """What a Platform lists of a user's credentials: no secret. ``registry`` is as the user typed it."""
+
+    name: str
+    provider: str
+    registry: str
+
+
 def known_endpoint(text: str) -> str:
     """The endpoint as it is called today, without a slash at its end; an empty text is the public Platform's."""
     for old, new in _RENAMED.items():

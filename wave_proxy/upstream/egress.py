@@ -253,7 +253,13 @@ class Egress:
         return self._endpoints.get(registry) or endpoint_for(registry)
 
     async def request(
-        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, endpoint: Endpoint | None = None
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        endpoint: Endpoint | None = None,
+        body: Body | None = None,
     ) -> aiohttp.ClientResponse:
         """One hop: the answer as it is, a redirect too, body undecoded. The caller closes or releases it.
 
@@ -261,7 +267,7 @@ class Egress:
         configured registry that is there, else it goes to public addresses only.
         Raises AddressRefused, UpstreamUnavailable (no connection, TLS), UpstreamTimeout, UpstreamError (not HTTP).
         """
-        return await self._hop(method, parse_url(url), headers or {}, endpoint)
+        return await self._hop(method, parse_url(url), headers or {}, endpoint, body)
 
     async def follow(
         self,
