@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 
 from builder.containerfile import base_images
 from builder.engines import EngineMissing, Job
+from builder.engines.registries import translate_auth
 from builder.failures import BuildFailed, classify, timed_out
 from builder.limits import Meter, Tail
 from wave_proxy.errors import RequestInvalid
@@ -22,6 +23,7 @@ from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.reference import DOCKER_HUB, Reference
 
 _LAYOUT = "layout"
+_DOCKER_HUB_LOGIN = "https://index.docker.io/v1/"  # what docker's configuration calls docker.io
 _CHECK_S = 20.0
 _CHUNK_BYTES = 64 << 10
 _PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -70,7 +72,7 @@ class BuildKit:
         """The OCI image layout of the built image. Raises BuildFailed."""
         layout = job.folder / _LAYOUT
         folder = job.folder / "docker"
-        await asyncio.to_thread(_write_logins, folder, job.auth_file)
+        await asyncio.to_thread(write_logins, folder, job.auth_file)
         tail = Tail(job.log)
         try:
             options = build_options(job, layout)
@@ -120,12 +122,16 @@ def _path() -> str:
     return f"{Path(found).parent}:{_PATH}" if found else _PATH
 
 
-def _write_logins(folder: Path, auth_file: Path | None) -> None:
-    """A folder for DOCKER_CONFIG with the job's logins only: without one, buildctl takes those of the machine."""
+def write_logins(folder: Path, auth_file: Path | None) -> None:
+    """A folder for DOCKER_CONFIG with the job's logins only: without one, buildctl takes those of the machine.
+
+    Source: ``wave.md`` vectors V32.
+    """
     folder.mkdir(mode=0o700)
     file = folder / "config.json"
     file.touch(mode=0o600)
-    file.write_text(auth_file.read_text() if auth_file else dumps({"auths": {}}))
+    text = auth_file.read_text() if auth_file else dumps({"auths": {}})
+    file.write_text(translate_auth(text, {DOCKER_HUB: _DOCKER_HUB_LOGIN}))
 
 
 def build_options(job: Job, layout: Path) -> list[str]:
