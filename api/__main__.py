@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from api.app import Endpoints, create_app
 from api.builds import Builds
 from api.containers import Containers
+from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.inspections import Inspections
 from api.job_logs import JobLogs
@@ -59,6 +60,7 @@ from wave_proxy.upstream.aws import AwsKeys, Ecr
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.direct import DirectTransport
 from wave_proxy.upstream.egress import Egress, Endpoint
+from wave_proxy.upstream.logins import LoginChecks
 from wave_proxy.upstream.platform import PlatformClient
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
@@ -118,9 +120,10 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     await wait_until_up(redis)
     endpoints = read_endpoints(settings.registries)
     credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
+    egress = _egress(settings, endpoints, stack)
     channel, local = Channel(redis), f"{settings.authority}/local"
-    platforms = _platforms(settings, redis, channel, stack)
-    registries = Registries(_registry(settings, endpoints, stack), credentials, local, platforms)
+    platforms = _platforms(settings, redis, egress, channel, stack)
+    registries = Registries(_registry(settings, egress, stack), credentials, local, platforms)
     identities = Identities(AccessTokens(redis), platforms, anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
@@ -148,26 +151,20 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
+    checks = CredentialChecks(LoginChecks(egress, endpoints), max_body_bytes=settings.http.max_body_bytes)
     paired: list[Endpoints] = [_pairing(settings.platform, redis, channel)]
     if platforms is not None:
         paired.append(InternalLogins(tokens, platforms))
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
     jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
-    groups: tuple[Endpoints, ...] = (*jobs, scan_endpoints, inspections, metrics, *paired)
+    groups: tuple[Endpoints, ...] = (*jobs, scan_endpoints, inspections, checks, metrics, *paired)
     pages = [Site(tokens, builds, inspections, settings.authority)] if settings.pages.enabled else []
     return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
 
 
-def _registry(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Registry:
-    egress = _egress(settings, with_own(endpoints, settings.authority, settings.own_url), stack)
-    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
-    stack.push_async_callback(registry.close)
-    return registry
-
-
 def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Egress:
     egress = Egress(
-        endpoints,
+        with_own(endpoints, settings.authority, settings.own_url),
         connect_timeout_s=settings.upstream.connect_timeout,
         response_timeout_s=settings.upstream.response_timeout,
         idle_timeout_s=settings.upstream.idle_timeout,
@@ -175,6 +172,12 @@ def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExit
     )
     stack.push_async_callback(egress.close)
     return egress
+
+
+def _registry(settings: Settings, egress: Egress, stack: AsyncExitStack) -> Registry:
+    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
+    stack.push_async_callback(registry.close)
+    return registry
 
 
 def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
@@ -243,12 +246,13 @@ def _orders(
     return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
 
 
-def _platforms(settings: Settings, redis: Redis, channel: Channel, stack: AsyncExitStack) -> Platforms | None:
+def _platforms(
+    settings: Settings, redis: Redis, egress: Egress, channel: Channel, stack: AsyncExitStack
+) -> Platforms | None:
     platform, build = settings.platform, settings.build
     if not platform.enabled:
         return None
     stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
-    egress = _egress(settings, {}, stack)
     transport = DirectTransport(egress, allow_private=platform.allow_private) if platform.direct else channel
     remembered = Remembered(Answers(redis, settings.tokens.max_lifetime), platform.patience)
     stack.push_async_callback(remembered.close)

@@ -43,7 +43,16 @@ MAX_REPORTED = 20
 _DIGITS = compile_pattern(r"-?[0-9]{1,18}")
 # Values of these are never repeated in a message: secrets, and base64 by the megabyte.
 _HIDDEN = frozenset(
-    {"towerAccessToken", "towerRefreshToken", "location", "containerFile", "condaFile", "environment", "env"}
+    {
+        "towerAccessToken",
+        "towerRefreshToken",
+        "password",
+        "location",
+        "containerFile",
+        "condaFile",
+        "environment",
+        "env",
+    }
 )
 
 
@@ -148,6 +157,12 @@ def _check_length(text: str, limit: int = MAX_TEXT_BYTES) -> None:
         raise RequestInvalid(f"has {size} bytes, and may have {limit}")
 
 
+def _check_filled(text: str) -> None:
+    _check_length(text)
+    if not text.strip():
+        raise RequestInvalid("required, and not blank")
+
+
 def _check_platform(text: str) -> None:
     _check_length(text)
     parse_platforms(text)
@@ -180,6 +195,7 @@ _ABSENT = BeforeValidator(_blank_is_absent)
 _LISTED = BeforeValidator(_as_list)
 
 Text = Annotated[Annotated[str, _rule(_check_length)] | None, _ABSENT]
+Filled = Annotated[str, _rule(_check_filled)]
 Number = Annotated[int, BeforeValidator(_as_number)]
 Texts = Annotated[list[str], _LISTED] | None
 Arguments = Annotated[list[Annotated[str, _rule(_check_argument)]], _LISTED] | None

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from api.app import create_app
 from api.builds import Builds
 from api.containers import Containers
+from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.inspections import Inspections
 from api.job_logs import JobLogs
@@ -41,6 +42,7 @@ from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress, endpoint_for
+from wave_proxy.upstream.logins import LoginChecks
 from wave_proxy.upstream.registry import Registry
 
 AUTHORITY = "wave.example:9090"
@@ -134,7 +136,8 @@ class ApiServer:
             max_body_bytes=self._max_body_bytes,
         )
         scan_endpoints = Scans(builds, reports, enabled=self._scans)
-        others = (*jobs, scan_endpoints, inspections, UsageMetrics(usage, self._accounts))
+        checks = CredentialChecks(LoginChecks(egress, self._endpoints), max_body_bytes=self._max_body_bytes)
+        others = (*jobs, scan_endpoints, inspections, checks, UsageMetrics(usage, self._accounts))
         pages = Site(tokens, builds, inspections, AUTHORITY)
         return create_app(containers, (*others, pages), partial(check, redis), f"http://{AUTHORITY}")
 

@@ -1,4 +1,4 @@
-"""The whole program with a Platform: its users, their quotas and counters, their logins, and what goes on without it."""
+"""The whole program with a Platform: its users, their quotas, counters and logins, and what goes on without it."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -10,7 +10,7 @@ from typing import Any
 from bench.upstream import Upstream
 from tests.identified import issue
 from tests.mirroring.watched import Watched
-from tests.servers import WaveProxy, distribution, redis_server
+from tests.servers import PulledImage, WaveProxy, distribution, pull, redis_server
 
 PATIENCE_S = 60.0  # what takes longer hangs
 
@@ -36,17 +36,21 @@ def until(holds: Callable[[], object], problem: Callable[[], str]) -> None:
 
 @dataclass
 class Scene:
-    """``registry`` is the target's own address, ``target`` its front door, where everything that is sent is seen."""
+    """``target`` is the front door of the registry to mirror to, where everything that is sent is seen.
+
+    ``place`` is what to ask mirrors for, ``prefix`` what their repositories begin with there.
+    """
 
     wave: WaveProxy
     source: Upstream
     target: Watched
-    registry: str
+    place: str
+    prefix: str
     token: str
 
-    def submit(self, image: str, place: str, **attributes: Any) -> dict[str, Any]:
-        """The answer to a request to mirror an image of the source to a registry or repository."""
-        body = {"containerImage": f"{self.source.address}/{image}", "mirror": True, "buildRepository": place}
+    def submit(self, image: str, **attributes: Any) -> dict[str, Any]:
+        """The answer to a request to mirror an image of the source."""
+        body = {"containerImage": f"{self.source.address}/{image}", "mirror": True, "buildRepository": self.place}
         return self.wave.submit(**{**body, "towerAccessToken": self.token, **attributes})
 
     def record(self, mirror_id: str) -> dict[str, Any]:
@@ -67,16 +71,24 @@ class Scene:
         until(lambda: self.record(mirror_id)["status"] == "COMPLETED", lambda: self.log(mirror_id))
         return self.record(mirror_id)
 
-    def mirrored(self, image: str, place: str, **attributes: Any) -> dict[str, Any]:
+    def mirrored(self, image: str, **attributes: Any) -> dict[str, Any]:
         """The mirror when it has succeeded. Raises AssertionError with its log."""
-        found = self.ended(self.submit(image, place, **attributes))
+        found = self.ended(self.submit(image, **attributes))
         assert found["exitCode"] == 0, found["logs"]
         return found
+
+    def pull(self, repository: str, reference: str) -> PulledImage:
+        """What the target has, with its repository's name as it is at the source."""
+        return pull(self.target.behind, f"{self.prefix}{repository}", reference)
+
+    def sent(self, repository: str) -> dict[str, list[int]]:
+        """The sizes of what was sent of each blob and stored, by digest."""
+        return self.target.blobs(f"{self.prefix}{repository}")
 
 
 @contextmanager
 def open_scene(tmp: Path, config: str = "", **members: Any) -> Iterator[Scene]:
-    """Start everything. ``config`` is TOML that is added, ``members`` are those of the source."""
+    """Start everything, with distribution to mirror to. ``config`` is more TOML, ``members`` are of the source."""
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server(tmp))
         source = stack.enter_context(Upstream(**members))
@@ -84,4 +96,19 @@ def open_scene(tmp: Path, config: str = "", **members: Any) -> Iterator[Scene]:
         target = stack.enter_context(Watched(registry))
         known = (source.address, target.address)
         wave = stack.enter_context(WaveProxy(tmp / "wave", config=CONFIG + config, upstreams=known, redis=redis))
-        yield Scene(wave, source, target, registry, issue(redis, "ada@site.test"))
+        place = f"{target.address}/mirrors"
+        yield Scene(wave, source, target, place, "mirrors/", issue(redis, "ada@site.test"))
+
+
+@contextmanager
+def open_local_scene(tmp: Path) -> Iterator[Scene]:
+    """The same with a local repository to mirror to; the program too goes to that by the front door."""
+    with ExitStack() as stack:
+        redis, own = stack.enter_context(redis_server(tmp)), "wave.test:9090"
+        source, target = stack.enter_context(Upstream()), stack.enter_context(Watched())
+        table = f'[registries."{own}"]\nendpoint = "http://{target.address}"\ninsecure = true\nallow_private = true\n'
+        config = f'server_url = "http://{own}"\n{CONFIG}{table}'
+        wave = stack.enter_context(WaveProxy(tmp / "wave", config=config, upstreams=[source.address], redis=redis))
+        target.behind = wave.address
+        place, prefix = f"{own}/local/mirror", "local/mirror/"
+        yield Scene(wave, source, target, place, prefix, issue(redis, "ada@site.test"))

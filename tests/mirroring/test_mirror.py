@@ -6,7 +6,7 @@ import pytest
 
 from bench.images import Family, Image, image, index, layer
 from tests.mirroring.scene import Scene, open_scene
-from tests.servers import has_distribution, pull
+from tests.servers import has_distribution
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,12 @@ def two_platforms(name: str, family: Family = "oci") -> Image:
 def test_an_index_is_copied_with_all_its_platforms(scene: Scene, family: Family) -> None:
     made = two_platforms(family, family)
     scene.source.add(f"{family}/tool", made, "1.0")
-    found = scene.mirrored(f"{family}/tool:1.0", f"{scene.target.address}/lib")
+    found = scene.mirrored(f"{family}/tool:1.0")
     assert found["digest"] == made.digest
-    assert found["targetImage"] == f"{scene.target.address}/lib/{family}/tool:1.0"
-    there = pull(scene.registry, f"lib/{family}/tool", "1.0")
+    assert found["targetImage"] == f"{scene.place}/{family}/tool:1.0"
+    there = scene.pull(f"{family}/tool", "1.0")
     assert (there.digest, there.manifest, there.media_type) == (made.digest, made.manifest, made.media_type)
     assert [child.manifest for child in there.children] == [child.manifest for child in made.children]
-    sent = scene.target.blobs(f"lib/{family}/tool")
+    sent = scene.sent(f"{family}/tool")
     sizes = {blob.digest: [blob.size] for child in made.children for blob in child.blobs}
     assert sent == sizes, "each blob once"

@@ -2,14 +2,15 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from socket import SO_RCVBUF, SOL_SOCKET, socket
 from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Self
 
-from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 _UPLOAD = re.compile(r"/v2/(.+)/blobs/uploads/")
 _MANIFEST = re.compile(r"/v2/(.+)/manifests/(.+)")
@@ -19,13 +20,13 @@ _DROPPED = frozenset({"transfer-encoding", "connection", "content-length"})
 
 @dataclass(frozen=True)
 class Sent:
-    """One request that carried something: ``digest`` is the blob's, or the reference of the manifest."""
+    """One request that carried something and was answered; ``digest`` is the blob's, or the manifest's reference."""
 
     kind: str  # blob or manifest
     repository: str
     digest: str
     size: int
-    status: int  # 0 when the client went away
+    status: int
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Hold:
 class Watched:
     """A context manager; ``address`` is the door's, ``behind`` the registry's (both ``host:port``)."""
 
-    def __init__(self, behind: str) -> None:
-        self._behind = behind
+    def __init__(self, behind: str = "") -> None:
+        self.behind = behind
         self.address = ""
         self._sent: list[Sent] = []
         self._asked: list[tuple[str, str, str]] = []
@@ -107,7 +108,10 @@ class Watched:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        listener = socket()
+        listener.setsockopt(SOL_SOCKET, SO_RCVBUF, _STEP)  # what is held back here the client still has
+        listener.bind(("127.0.0.1", 0))
+        await web.SockSite(runner, listener).start()
         timeout = ClientTimeout(total=None)
         async with ClientSession(timeout=timeout, auto_decompress=False, connector=TCPConnector(limit=0)) as session:
             self._session = session
@@ -116,6 +120,12 @@ class Watched:
             await runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._answer(request)
+        except (ClientError, OSError):  # one of the two sides was killed
+            raise asyncio.CancelledError from None
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         with self._lock:
             self._asked.append((request.method, request.path, request.headers.get("Authorization", "")))
             for position, (what, status, headers) in enumerate(self._refusals):
@@ -125,7 +135,7 @@ class Watched:
         upload, manifest = _UPLOAD.match(request.path), _MANIFEST.fullmatch(request.path)
         if request.method in ("PUT", "PATCH") and (upload or manifest):
             return await self._carry(request, upload, manifest)
-        return await self._pass_on(request, None)
+        return await self._pass_on(request)
 
     async def _carry(
         self, request: web.BaseRequest, upload: "re.Match[str] | None", manifest: "re.Match[str] | None"
@@ -134,14 +144,13 @@ class Watched:
         match = manifest or upload
         assert match is not None
         digest = manifest[2] if manifest else request.query.get("digest", "")
-        held, size, status = self._take(kind, match[1]), [0], 0
-        try:
-            response = await self._pass_on(request, self._counted(request, held, size))
-            status = response.status
-            return response
-        finally:
+        held, size = self._take(kind, match[1]), [0]
+
+        def note(status: int) -> None:
             with self._lock:
                 self._sent.append(Sent(kind, match[1], digest, size[0], status))
+
+        return await self._pass_on(request, self._counted(request, held, size), note)
 
     def _take(self, kind: str, repository: str) -> Hold | None:
         with self._lock:
@@ -160,17 +169,25 @@ class Watched:
             if held is not None:
                 await asyncio.to_thread(held.release.wait)
 
-    async def _pass_on(self, request: web.BaseRequest, body: AsyncIterator[bytes] | None) -> web.StreamResponse:
+    async def _pass_on(
+        self,
+        request: web.BaseRequest,
+        body: AsyncIterator[bytes] | None = None,
+        note: Callable[[int], None] = lambda _: None,
+    ) -> web.StreamResponse:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _DROPPED}
         if body is not None and request.content_length is not None:
             headers["Content-Length"] = str(request.content_length)
-        url = f"http://{self._behind}{request.path_qs}"
+        url = f"http://{self.behind}{request.path_qs}"
         async with self._session.request(
             request.method, url, headers=headers, data=body, allow_redirects=False
         ) as answer:
+            note(answer.status)
             told = {name: value for name, value in answer.headers.items() if name.lower() not in _DROPPED}
-            if request.method != "HEAD":
-                return web.Response(status=answer.status, headers=told, body=await answer.read())
-            return web.Response(
-                status=answer.status, headers={**told, "Content-Length": answer.headers["Content-Length"]}
-            )
+            response = web.StreamResponse(status=answer.status, headers=told)
+            response.content_length = answer.content_length
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response

@@ -129,7 +129,7 @@ class BearerTokens:
         realm = parse_url(key.realm)
         scopes = [str(key.scope), *([str(Scope(key.scope.mount))] if key.scope.mount else [])]
         url = realm.update_query({**({"service": key.service} if key.service else {}), "scope": scopes})
-        headers = {"Authorization": basic_authorization(login)} if login and _may_know(realm, endpoint) else {}
+        headers = {"Authorization": basic_authorization(login)} if login and may_know(realm, endpoint) else {}
         response = await self._egress.follow("GET", str(url), headers=headers, endpoint=endpoint)
         what = f"a token for {endpoint.registry}/{key.scope.repository}"
         if response.status in (401, 403):
@@ -152,7 +152,7 @@ class BearerTokens:
         await asyncio.gather(*fetches, return_exceptions=True)
 
 
-def _may_know(realm: URL, endpoint: Endpoint) -> bool:
+def may_know(realm: URL, endpoint: Endpoint) -> bool:
     """Whether a token service may have the registry's password: over TLS, or on the registry's own host."""
     # http on the registry's host is no worse than the registry, but only when that has no TLS either.
     home = origin_of(URL(endpoint.url))
