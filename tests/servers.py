@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from bench.images import Image, digest_of
 from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES
-from wave_proxy.supervisor import runtime_folder
+from wave_proxy.supervisor import runtime_place
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 30.0
@@ -350,7 +350,7 @@ class WaveProxy:
     @property
     def redis_url(self) -> str:
         """The address of the embedded Redis."""
-        return f"unix://{runtime_folder(self._data) / 'redis.sock'}"
+        return f"unix://{runtime_place(self._data) / 'redis.sock'}"
 
     def request(
         self,

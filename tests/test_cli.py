@@ -44,9 +44,23 @@ def test_version() -> None:
     assert run("version").stdout == f"wave-proxy {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "proxy", "api", "builder", "config", "version"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve",
+        "proxy",
+        "api",
+        "builder",
+        "config",
+        "version",
+        "token create",
+        "token list",
+        "token revoke",
+        "account hash",
+    ],
+)
 def test_every_command_explains_itself(command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.returncode == 0
     assert "Usage:" in result.stdout
 
@@ -55,7 +69,7 @@ def test_config_prints_what_is_in_effect_and_hides_secrets(tmp_path: Path) -> No
     file = tmp_path / "wave.toml"
     file.write_text(
         'port = 1234\n[registries."quay.io"]\nusername = "me"\npassword = "hidden-1"\n'
-        '[accounts]\nadmin = "sha256:hidden-2"\n'
+        f'[accounts]\nadmin = "sha256:{"0dd" * 21}f"\n'
     )
     result = run("config", "--config", file, env={"WAVE_PORT": "4321", "WAVE_CACHE__TAG_TTL": "5m"})
     shown = tomllib.loads(result.stdout)
@@ -63,6 +77,7 @@ def test_config_prints_what_is_in_effect_and_hides_secrets(tmp_path: Path) -> No
     assert (shown["port"], shown["cache"]["tag_ttl"]) == (4321, 300)
     assert shown["registries"]["quay.io"]["username"] == "me"
     assert "hidden" not in result.stdout + result.stderr
+    assert "0dd0dd" not in result.stdout + result.stderr
 
 
 def test_what_config_prints_is_a_configuration(tmp_path: Path) -> None:

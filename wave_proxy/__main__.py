@@ -1,20 +1,24 @@
 """Command line and composition root: reads the settings, builds everything, hands it down."""
 
 import asyncio
+import json
 import os
 import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import SecretStr
 
 from wave_proxy import __version__, logs
 from wave_proxy.config import ConfigInvalid, Settings, hand_down, load, to_toml
-from wave_proxy.errors import StateUnavailable
+from wave_proxy.errors import RequestInvalid, StateUnavailable
 from wave_proxy.serve.tls import TlsInvalid, server_context
+from wave_proxy.state.accounts import Accounts, hash_password
 from wave_proxy.supervisor import (
     Part,
     StartFailed,
@@ -26,6 +30,9 @@ from wave_proxy.supervisor import (
     runtime_folder,
 )
 
+if TYPE_CHECKING:
+    from wave_proxy.state.identities import AccessTokens
+
 _log = logs.get_logger()
 
 cli = typer.Typer(
@@ -35,6 +42,10 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+token = typer.Typer(help="Issue, list and revoke access tokens of users, while the service runs.", no_args_is_help=True)
+cli.add_typer(token, name="token")
+account = typer.Typer(help="Accounts for administration.", no_args_is_help=True)
+cli.add_typer(account, name="account")
 
 ConfigFile = Annotated[
     Path | None,
@@ -140,6 +151,94 @@ def version() -> None:
     print(f"wave-proxy {__version__}")
 
 
+@token.command("create")
+def create_token(
+    user: Annotated[str, typer.Option(help="The user's e-mail address.", metavar="MAIL")],
+    expires: Annotated[
+        str, typer.Option(help="12h, 30d, 8w, a date such as 2026-12-31 (until its end, UTC), or never.")
+    ] = "365d",
+    note: Annotated[str, typer.Option(help="What it is for, to tell it from others.", metavar="TEXT")] = "",
+    config: ConfigFile = None,
+    data: Data = None,
+    redis: RedisUrl = None,
+) -> None:
+    """Issue an access token and print it, this once. Others of the user stay as they are."""
+
+    async def issue(tokens: "AccessTokens") -> None:
+        text, issued = await tokens.create(user, expires=ends, note=note)
+        print(text)
+        until = f"until {admin.show_time(ends)} UTC" if ends else "until it is revoked"
+        print(f"Access token {issued.id} of {issued.email}, valid {until}. It is not shown again.", file=sys.stderr)
+
+    from wave_proxy import admin
+
+    try:
+        ends = admin.parse_expiry(expires, datetime.now(UTC))
+    except RequestInvalid as err:
+        raise typer.Exit(fail(str(err))) from None
+    _with_tokens(config, data, redis, issue)
+
+
+@token.command("list")
+def list_tokens(
+    user: Annotated[str, typer.Option(help="Only this user's.", metavar="MAIL", show_default=False)] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    config: ConfigFile = None,
+    data: Data = None,
+    redis: RedisUrl = None,
+) -> None:
+    """List access tokens, those that ended in the last 90 days too; times are UTC."""
+
+    async def show(tokens: "AccessTokens") -> None:
+        asked, now = user.strip().lower(), datetime.now(UTC).timestamp()
+        found = [item for item in await tokens.read_all() if asked in ("", item.email)]
+        if as_json:
+            print(json.dumps([admin.token_json(item, now) for item in found], indent=2))
+        elif found:
+            print(admin.token_table(found, now))
+        else:
+            print("No access tokens. `wave-proxy token create --user MAIL` issues one.", file=sys.stderr)
+
+    from wave_proxy import admin
+
+    _with_tokens(config, data, redis, show)
+
+
+@token.command("revoke")
+def revoke_token(
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of tokens.", metavar="[ID]...")] = None,
+    user: Annotated[str, typer.Option(help="All of this user's.", metavar="MAIL", show_default=False)] = "",
+    config: ConfigFile = None,
+    data: Data = None,
+    redis: RedisUrl = None,
+) -> None:
+    """End access tokens, for every request from now on. Containers that were requested with them stay."""
+
+    async def revoke(tokens: "AccessTokens") -> None:
+        chosen = await admin.choose(tokens, ids or [], user)
+        await tokens.revoke(chosen)
+        for item in chosen:
+            print(f"Access token {item.id} of {item.email} is {'already ' if item.revoked else ''}revoked.")
+
+    from wave_proxy import admin
+
+    if bool(ids) == bool(user):
+        raise typer.Exit(fail("name tokens by their ids, or a user with --user MAIL"))
+    _with_tokens(config, data, redis, revoke)
+
+
+@account.command("hash")
+def hash_account() -> None:
+    """Print a password's hash for [accounts]; the password is asked for, or read from a pipe."""
+    if sys.stdin.isatty():
+        password = str(typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise typer.Exit(fail("the password is empty"))
+    print(hash_password(password))
+
+
 def main() -> None:
     """Entry point of ``wave-proxy`` and of ``python -m wave_proxy``."""
     cli()
@@ -154,8 +253,10 @@ def _overrides(**given: Any) -> dict[str, Any]:
 
 def _load(config: Path | None, overrides: dict[str, Any]) -> Settings:
     try:
-        return load(config, overrides)
-    except ConfigInvalid as err:
+        settings = load(config, overrides)
+        Accounts({user: text.get_secret_value() for user, text in settings.accounts.items()})
+        return settings
+    except (ConfigInvalid, ValueError) as err:
         fail(str(err))
         raise typer.Exit(2) from None
 
@@ -178,6 +279,24 @@ def _become(module: str, config: Path | None, overrides: dict[str, Any]) -> None
     except (StartFailed, OSError) as err:
         raise typer.Exit(fail(str(err))) from None
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], _environment(config, overrides))  # noqa: S606
+
+
+def _with_tokens(
+    config: Path | None, data: Path | None, redis: str | None, work: "Callable[[AccessTokens], Awaitable[None]]"
+) -> None:
+    """Do ``work`` on the access tokens of the running service; ends with one line when it can't be done."""
+    from wave_proxy.admin import CommandFailed, access_tokens
+
+    settings = _load(config, _overrides(data=data, redis_url=redis))
+
+    async def run() -> None:
+        async with access_tokens(settings.redis_url.get_secret_value(), settings.data) as tokens:
+            await work(tokens)
+
+    try:
+        asyncio.run(run())
+    except (CommandFailed, RequestInvalid, StateUnavailable) as err:
+        raise typer.Exit(fail(str(err))) from None
 
 
 # --- the supervisor's side -----------------------------------------------------------------------------------------

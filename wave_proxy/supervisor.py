@@ -205,12 +205,18 @@ def claim_port(host: str, port: int, remedy: str = "--host and --port") -> int:
         return int(probe.getsockname()[1])
 
 
-def runtime_folder(data: Path) -> Path:
-    """Where Unix sockets go: in the data folder, unless its path is too long for the kernel."""
+def runtime_place(data: Path) -> Path:
+    """The folder in which Unix sockets are: in the data folder, unless its path is too long for the kernel."""
     folder = data.resolve() / "run"
     if len(str(folder / "redis.sock")) > _MAX_SOCKET_PATH:
         # Every program that is given this data folder must come to the same place.
         folder = Path(gettempdir()) / f"wave-proxy-{os.getuid()}-{sha256(bytes(folder)).hexdigest()[:12]}"
+    return folder
+
+
+def runtime_folder(data: Path) -> Path:
+    """The same, which is there from now on. Raises StartFailed."""
+    folder = runtime_place(data)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.lstat().st_uid != os.getuid():  # in a folder for all, a link too is its maker's choice
         raise StartFailed(f"{folder} belongs to another user; choose a shorter path with --data")

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from time import monotonic
 
 from wave_proxy.errors import TooManyRequests
-from wave_proxy.state.quota import network_of
+from wave_proxy.state.networks import network_of
 
 _ADDRESSES = 10_000
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from heapq import heappop, heappush
-from ipaddress import IPv6Address, IPv6Network, ip_address
 from math import ceil
 from secrets import token_hex
 from time import monotonic, time
@@ -34,9 +33,10 @@ import structlog
 from wave_proxy._fast.window import Ledger
 from wave_proxy.errors import StateUnavailable, TooManyRequests
 from wave_proxy.image.limit import Limit, parse_limit
+from wave_proxy.state.networks import network_of
 from wave_proxy.state.redis import Redis, translated
 
-__all__ = ["Kind", "Limit", "Quotas", "Subject", "network_of", "parse_limit", "subject_of"]
+__all__ = ["Kind", "Limit", "Quotas", "Subject", "parse_limit", "subject_of"]
 
 _log = structlog.get_logger()
 
@@ -176,19 +176,6 @@ class Subject:
 def subject_of(kind: Kind, email: str | None, address: str) -> Subject:
     """Who is counted: the e-mail if there is one, else the address, of which IPv6 counts by /64."""
     return Subject(kind, email, True) if email else Subject(kind, network_of(address), False)
-
-
-def network_of(address: str) -> str:
-    """What an address counts as: itself, or its /64 when it is IPv6; any other text as it is."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if not isinstance(parsed, IPv6Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(IPv6Network((int(parsed), 64), strict=False))
 
 
 @dataclass(frozen=True, slots=True)

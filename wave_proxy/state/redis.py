@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from wave_proxy.errors import StateUnavailable
 
-__all__ = ["Redis", "answered", "cancel", "check", "connect", "translated", "wait_until_up"]
+__all__ = ["Redis", "answered", "cancel", "check", "connect", "place_of", "translated", "wait_until_up"]
 
 TIMEOUT_S = 5.0
 _CONNECTIONS = 32  # a process; a thousand requests at once wait for these rather than open a thousand
@@ -101,11 +101,12 @@ async def wait_until_up(client: Redis) -> None:
         except StateUnavailable as err:
             if monotonic() > deadline:
                 raise StateUnavailable(
-                    f"the state store (Redis) at {_place(client)} does not answer: {err.__cause__}"
+                    f"the state store (Redis) at {place_of(client)} does not answer: {err.__cause__}"
                 ) from err
         await asyncio.sleep(0.02)
 
 
-def _place(client: Redis) -> str:
+def place_of(client: Redis) -> str:
+    """Where a client's Redis is, for messages: without what its address may hold of a password."""
     told = client.connection_pool.connection_kwargs
     return told.get("path") or f"{told.get('host', 'localhost')}:{told.get('port', 6379)}"

@@ -1,0 +1,53 @@
+"""The limit on attempts of one address."""
+
+import pytest
+
+from wave_proxy.errors import TooManyRequests
+from wave_proxy.state.attempts import Attempts
+
+
+def test_so_many_and_no_more() -> None:
+    attempts = Attempts("wrong logins", limit=3)
+    for _ in range(3):
+        attempts.check("192.0.2.1")
+        attempts.count("192.0.2.1")
+    with pytest.raises(TooManyRequests, match="too many wrong logins from this address") as refused:
+        attempts.check("192.0.2.1")
+    assert refused.value.retry_after_s in (59, 60)
+    attempts.check("192.0.2.2")
+
+
+def test_they_are_forgotten_after_the_period() -> None:
+    attempts = Attempts("wrong logins", limit=1, period_s=0.0)
+    attempts.count("192.0.2.1")
+    attempts.count("192.0.2.1")
+    attempts.check("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("unix", "unix", True),
+    ],
+)
+def test_what_counts_as_one_address(one: str, other: str, same: bool) -> None:
+    attempts = Attempts("wrong logins", limit=1)
+    attempts.count(one)
+    if same:
+        with pytest.raises(TooManyRequests):
+            attempts.check(other)
+    else:
+        attempts.check(other)
+
+
+def test_of_many_addresses_the_oldest_are_forgotten() -> None:
+    attempts = Attempts("wrong logins", limit=1)
+    for number in range(10_001):
+        attempts.count(f"10.0.{number >> 8}.{number & 255}")
+    attempts.check("10.0.0.0")
+    with pytest.raises(TooManyRequests):
+        attempts.check("10.0.0.1")
