@@ -17,7 +17,7 @@ from api.reference import Reference
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
 from api.shield import Shield
-from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, Unauthorized, WaveError
+from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, TooManyRequests, Unauthorized, WaveError
 
 
 class Endpoints(Protocol):
@@ -57,6 +57,10 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     headers = {}
     if failure.retry_after_s is not None:
         headers["Retry-After"] = str(failure.retry_after_s)
+    if isinstance(failure, TooManyRequests) and failure.limit is not None:
+        headers["RateLimit-Limit"] = str(failure.limit)
+        headers["RateLimit-Remaining"] = str(failure.remaining or 0)
+        headers["RateLimit-Reset"] = str(failure.reset_s or 0)
     if isinstance(failure, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is on its way, and nobody wants it
     return json_reply({"message": str(failure)}, failure.status, headers)

@@ -86,12 +86,17 @@ UNKNOWN = Answer("There is no such thing, or none any more.")
 NOT_HERE = Answer("What is asked for is switched off, or not supported.", Message)
 
 _CHALLENGE = {"WWW-Authenticate": "What login is wanted, and why the one that came is refused."}
-_LATER = {"Retry-After": "After how many seconds it is worth to ask again."}
+_LATER = {
+    "Retry-After": "After how many seconds it is worth to ask again.",
+    "RateLimit-Limit": "Of our own quotas: how many there are in a period.",
+    "RateLimit-Remaining": "Of our own quotas: how many are left.",
+    "RateLimit-Reset": "Of our own quotas: after how many seconds there is one more.",
+}
 
 # What a login of `[accounts]` may come to.
 LOGIN: Mapping[int, Answer] = {
     401: Answer("The login is missing or wrong.", headers=_CHALLENGE),
-    429: Answer("There were too many wrong logins from this address, or for this user.", Message, headers=_LATER),
+    429: Answer("There were too many wrong logins from this address.", Message, headers=_LATER),
 }
 
 # What a body may come to that says who asks, and that names images of other registries.
