@@ -31,6 +31,7 @@ from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
 from api.mirrors import Mirrors
 from api.orders import Orders
+from api.own_images import OwnImages
 from api.pages.site import Site
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
@@ -147,6 +148,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     inspections = Inspections(
         registries,
         identities,
+        OwnImages(tokens, settings.authority),
         endpoints,
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,

@@ -1,6 +1,7 @@
 """Inspection: what an image is, as its registry has it (``wave.md`` §9)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -18,6 +19,7 @@ from api.image_answers import (
     described_schema1,
 )
 from api.inspection import explained, fetch_config
+from api.own_images import OwnImages
 from api.registries import Registries
 from api.replies import json_reply
 from api.schema import Claiming, Text, parse_body
@@ -49,6 +51,7 @@ class Inspections:
         self,
         registries: Registries,
         identities: Identities,
+        own_images: OwnImages,
         endpoints: Mapping[str, Endpoint],
         *,
         public_url: str,
@@ -56,6 +59,7 @@ class Inspections:
     ) -> None:
         self._registries = registries
         self._identities = identities
+        self._own_images = own_images
         self._endpoints = endpoints
         self._public_url = public_url
         self._max_body_bytes = max_body_bytes
@@ -93,7 +97,11 @@ class Inspections:
         shown = host_name(image.registry, self._endpoints, self._public_url)
         with explained(image):
             registry = await self._registries.open(identity, image)
-            return await _inspect(registry, image, wanted, shown)
+            async with self._own_images.open(image, identity) as place:
+                if place != image:  # it may be an image that is still being built
+                    await registry.head_manifest(place.registry, place.repository, place.reference, at_once=True)
+                found = await _fetch(registry, place, wanted)
+                return found.described(image, shown)
 
     async def _identify(self, asked: InspectSpec, authorization: str) -> Identity:
         try:
@@ -122,33 +130,51 @@ def _platform(text: str) -> Platform | None:
     return platforms[0]
 
 
-async def _inspect(registry: Registry, image: Reference, platform: Platform | None, shown: str) -> dict[str, Any]:
-    fetched = await registry.fetch_manifest(image.registry, image.repository, image.reference)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An index, or a manifest with its config in the form of answers."""
+
+    fetched: FetchedManifest
+    is_index: bool
+    config: dict[str, Any]
+
+    def described(self, image: Reference, shown: str) -> dict[str, Any]:
+        """The answer; ``shown`` is the registry's address in it."""
+        content, media_type, digest = self.fetched.content, self.fetched.media_type, self.fetched.digest
+        document = read_json_object(content, "manifest")
+        if self.is_index:
+            return {"index": described_index(document, media_type, digest)}
+        if media_type in SCHEMA1_TYPES:
+            manifest, digest = described_schema1(document, media_type), unsigned_digest(content)
+        else:
+            manifest = described_manifest(document, media_type)
+        return {"container": described_image(image, shown, digest, manifest, self.config)}
+
+
+async def _fetch(registry: Registry, place: Reference, platform: Platform | None) -> _Found:
+    """What is there under that name; of an index, the image for the platform. Raises RequestInvalid, UpstreamError."""
+    fetched = await registry.fetch_manifest(place.registry, place.repository, place.reference)
     read = read_manifest(fetched.content, fetched.media_type)
     if read.is_index and platform is not None:
         digest = _choose(read, platform, fetched.content)
-        fetched = await registry.fetch_manifest(image.registry, image.repository, digest)
+        fetched = await registry.fetch_manifest(place.registry, place.repository, digest)
         read = read_manifest(fetched.content, fetched.media_type)
-    document = read_json_object(fetched.content, "manifest")
     if read.is_index:
-        return {"index": described_index(document, fetched.media_type, fetched.digest)}
-    if fetched.media_type in SCHEMA1_TYPES:
-        digest, manifest = unsigned_digest(fetched.content), described_schema1(document, fetched.media_type)
-        return {"container": described_image(image, shown, digest, manifest, described_config(config_of(document)))}
-    return {"container": await _describe(registry, image, shown, fetched, read)}
+        return _Found(fetched, True, {})
+    return _Found(fetched, False, await _fetch_config(registry, place, fetched, read))
 
 
-async def _describe(
-    registry: Registry, image: Reference, shown: str, fetched: FetchedManifest, read: Manifest
+async def _fetch_config(
+    registry: Registry, place: Reference, fetched: FetchedManifest, read: Manifest
 ) -> dict[str, Any]:
-    """A manifest with its config; an artifact's, which may be anything, is left empty."""
+    """A manifest's config; empty for an artifact's, which may be anything."""
+    if fetched.media_type in SCHEMA1_TYPES:
+        return described_config(config_of(read_json_object(fetched.content, "manifest")))
     if read.config is None:
-        raise RequestInvalid(f"'{image}' is {read.media_type}, which is no container image")
-    config: dict[str, Any] = {}
-    if read.config.media_type in CONFIG_TYPES:
-        config = described_config(await fetch_config(registry, image, read.config))
-    manifest = described_manifest(read_json_object(fetched.content, "manifest"), fetched.media_type)
-    return described_image(image, shown, fetched.digest, manifest, config)
+        raise RequestInvalid(f"'{place}' is {read.media_type}, which is no container image")
+    if read.config.media_type not in CONFIG_TYPES:
+        return {}
+    return described_config(await fetch_config(registry, place, read.config))
 
 
 def _choose(index: Manifest, platform: Platform, content: bytes) -> str:

@@ -24,6 +24,7 @@ from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
 from api.mirrors import Mirrors
 from api.orders import Orders
+from api.own_images import OwnImages
 from api.pages.site import Site
 from api.planning import BuildDefaults, Planner
 from api.registries import Registries
@@ -98,8 +99,9 @@ class ApiServer:
     def _compose(self, stack: AsyncExitStack) -> Starlette:
         redis = connect(self._redis_url)
         egress = Egress(self._endpoints, response_timeout_s=5.0)
-        registry = Registry(egress, Credentials(self._logins), attempts=1)
-        registries, identities = Registries(registry), Identities(AccessTokens(redis), anonymous=self._anonymous)
+        registry = Registry(egress, Credentials({}), attempts=1)
+        registries = Registries(registry, Credentials(self._logins))
+        identities = Identities(AccessTokens(redis), anonymous=self._anonymous)
         for close in (redis.aclose, egress.close, registry.close):
             stack.push_async_callback(close)
         hosts = OpenHosts(
@@ -131,6 +133,7 @@ class ApiServer:
         inspections = Inspections(
             registries,
             identities,
+            OwnImages(tokens, AUTHORITY),
             self._endpoints,
             public_url=f"http://{AUTHORITY}",
             max_body_bytes=self._max_body_bytes,

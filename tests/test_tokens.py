@@ -135,6 +135,21 @@ async def test_layer_is_kept_as_long_as_its_longest_request(redis_url: str) -> N
         assert (await keys(redis_url))[f"wave:layer:{TOOL.digest}"] > 900
 
 
+async def test_a_recorded_request_is_lent_with_its_layers(redis_url: str) -> None:
+    async with store(redis_url) as tokens:
+        request = asked(config=ContainerConfig(env=("A=1",), layers=(inline(),)), identity=Identity(1, "a@b.c"))
+        first = await tokens.find_record(await tokens.put(request))
+        assert first is not None
+        token = await tokens.lend(first.request, 60.0)
+        lent = await tokens.find_record(token)
+        assert lent is not None
+        kept: dict[str, Any] = {"created": request.created, "expires": request.expires, "uncounted": False}
+        assert lent.request.uncounted
+        assert 50 < lent.request.expires - time() <= 60
+        assert replace(lent.request, **kept) == replace(first.request, **kept)
+    assert (await keys(redis_url))[f"wave:token:{token}"] <= 61
+
+
 async def test_pull_is_recorded_the_first_time(redis_url: str) -> None:
     async with store(redis_url) as tokens:
         token = await tokens.put(asked())

@@ -131,6 +131,19 @@ class TokenStore:
             await pipe.execute()
         return token
 
+    async def lend(self, request: ContainerRequest, lent_s: float) -> str:
+        """A token of our own for what was recorded before, or has no inline layers; its pulls do not count.
+
+        Raises StateUnavailable.
+        """
+        token, now = token_hex(16), time()
+        lent = replace(request, uncounted=True, created=now, expires=now + lent_s)
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_key(token), "request", orjson.dumps(request_to_json(lent)))
+            pipe.expire(_key(token), int(lent_s) + 1)
+            await pipe.execute()
+        return token
+
     async def keep_layers(self, layers: tuple[Layer, ...], keep_s: float) -> tuple[Layer, ...]:
         """Keep the inline ones of these layers apart, for ``find_layer``; returns all as a record may hold them.
 
