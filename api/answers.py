@@ -111,6 +111,7 @@ def described(record: TokenRecord, build: BuildRecord | None, authority: str) ->
             "expiration": format_instant(request.expires),
             "fusionVersion": request.config.fusion_version,
             "mirror": request.mirror,
+            **({"containerImage": build.spec.source_image} if build and request.mirror else {}),
             **scan_ids(request.scan_ids, request.platforms),
         }
     )

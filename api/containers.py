@@ -291,7 +291,7 @@ class Containers:
 
     async def _mirror(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
         """The same for the copy that is made of its image, and how far that is."""
-        spec = self._mirroring.plan(submission, wanted)
+        spec = await self._mirroring.plan(submission, wanted)
         made = await self._mirroring.place(spec, dry_run=wanted.dry_run)
         asked = replace(
             wanted,

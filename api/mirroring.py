@@ -11,6 +11,7 @@ from api.schema import Submission
 from wave_proxy.errors import AddressRefused, Denied, HostUnknown, ManifestUnknown, NameUnknown, RequestInvalid
 from wave_proxy.image.build import BuildSpec
 from wave_proxy.image.mirror import mirror_hash, mirror_target
+from wave_proxy.image.private import private_folder
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.state.builds import BuildStore
@@ -33,11 +34,28 @@ class MirrorPlaces:
             raise RequestInvalid("containerImage: an image that a token stands for is mirrored by its own name only")
         if target.registry == source.registry:
             raise RequestInvalid(f"Source and target mirror registries are the same - offending value '{asked[:200]}'")
-        name, own = _name(target), f"{self.authority}/local/mirror"
-        if target.registry == self.authority and not name.startswith(f"{own}/"):
-            raise RequestInvalid(f"buildRepository: a mirror on this server begins with {own}, got '{asked[:200]}'")
-        if any(f"{name}/".startswith(f"{_name(parse_reference(kept))}/") for kept in self.kept if kept):
+        if any(f"{_name(target)}/".startswith(f"{_name(parse_reference(kept))}/") for kept in self.kept if kept):
             raise RequestInvalid(f"Mirror registry not allowed - offending value '{asked[:200]}'")
+
+    def check_local(self, target: Reference, key: str, asked: str, *, is_private: bool) -> None:
+        """The same for a target on this server, of the user with that key.
+
+        Who may mirror could else put any image in the place of one that others have pushed, or show them a private one.
+        """
+        local = f"{self.authority}/local"
+        own, shared = private_folder(local, key), f"{local}/mirror"
+        if target.registry != self.authority or f"{_name(target)}/".startswith(f"{own}/"):
+            return
+        if is_private:
+            raise RequestInvalid(
+                f"buildRepository: the image is private, and a copy of it on this server begins with {own}, "
+                f"got '{asked[:200]}'"
+            )
+        if not _name(target).startswith(f"{shared}/"):
+            raise RequestInvalid(
+                f"buildRepository: a mirror on this server begins with {shared}, or with your own {own}, "
+                f"got '{asked[:200]}'"
+            )
 
 
 class Mirroring:
@@ -60,13 +78,16 @@ class Mirroring:
         self._timeout_s = timeout_s
         self._enabled = enabled
 
-    def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
+    async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to mirror for a request. Raises RequestInvalid; NotImplementedHere where nothing is mirrored."""
         if not self._enabled:
             raise not_enabled("Container mirror", "mirror")
         source, asked = parse_reference(wanted.image), request.build_repository or ""
         target = mirror_target(source, asked)
         self._places.check(source, target, asked)
+        login = await self._registries.find_login(wanted.identity, source.registry, source.repository)
+        is_private = not self._registries.is_everybodys(login, source.registry, source.repository)
+        self._places.check_local(target, wanted.identity.key, asked, is_private=is_private)
         return BuildSpec(
             container_id=mirror_hash(source, target),
             target_image=str(target),

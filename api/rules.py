@@ -35,7 +35,7 @@ def check_supported(request: Submission, *, scans: bool = False) -> None:
 
 def check_known(request: Submission, identity: Identity) -> None:
     """Raises RequestInvalid for what nobody may ask for without saying who he is. Source: ``wave.md`` §4.4."""
-    if request.mirror and not (identity.email or identity.access_token):
+    if request.mirror and not identity.key:
         raise RequestInvalid(
             "Container mirroring requires an authenticated request - specify the tower token attribute"
         )

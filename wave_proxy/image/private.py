@@ -3,9 +3,14 @@
 _PRIVATE = "private"
 
 
+def private_folder(local: str, key: str) -> str:
+    """What the names of the local repositories of the user with that key begin with; ``local`` is that of all."""
+    return f"{local}/{_PRIVATE}/{key}"
+
+
 def private_repository(local: str, key: str) -> str:
     """Where builds of the user with that key go; ``local`` is what the names of local repositories begin with."""
-    return f"{local}/{_PRIVATE}/{key}/build"
+    return f"{private_folder(local, key)}/build"
 
 
 def owner_of(name: str) -> str:
