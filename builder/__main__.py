@@ -11,15 +11,20 @@ from secrets import token_hex
 
 import structlog
 
+from builder.advisories import Advisories
+from builder.child import Allowance
 from builder.engines import Engine, EngineMissing
 from builder.engines.buildah import Buildah
 from builder.engines.buildkit import BuildKit
 from builder.engines.missing import MissingEngine
+from builder.fetching import Fetching
 from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
 from builder.mirror import Mirrors
 from builder.pipeline import Pipeline
+from builder.scanner import Scanner
+from builder.trivy import ScannerMissing, Trivy
 from builder.work import Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
@@ -28,6 +33,7 @@ from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect, wait_until_up
+from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress
@@ -74,9 +80,32 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     lending = Lending(tokens, settings.authority)
     builds = Pipeline(engine, workspaces, registry, lending, credentials)
     mirrors = Mirrors(workspaces, registry, lending, partial(Registry, egress, Credentials({})))
-    works = Works({"build": builds, "mirror": mirrors})
+    scanner = await _scanner(settings, registry, workspaces, lending, redis)
+    works = Works({"build": builds, "mirror": mirrors, "scan": scanner})
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
     return Worker(store, works, name, slots=settings.build.slots or settings.build.max_running)
+
+
+async def _scanner(
+    settings: Settings, registry: Registry, workspaces: Workspaces, lending: Lending, redis: Redis
+) -> Scanner:
+    """What scans; a scan fails with the reason when this machine can't run the program."""
+    scan, build = settings.scan, settings.build
+    trivy = Trivy(
+        scan.program,
+        Advisories((scan.cache or settings.data / "scan-cache").absolute(), offline=scan.offline),
+        Allowance(build.memory, build.disk, build.log_bytes),
+        severities=scan.severities,
+        arguments=scan.arguments,
+    )
+    if scan.program:
+        try:
+            await trivy.check()
+        except ScannerMissing as err:
+            log.error("scans can't be run here, and fail until that is mended", reason=str(err))
+    fetching = Fetching(registry, workspaces, settings.authority, build.disk)
+    reports = ScanReports(redis, build.log_retention)
+    return Scanner(trivy, fetching, workspaces, lending, reports, most=scan.max_vulnerabilities)
 
 
 def _store(settings: BuildSettings, redis: Redis) -> BuildStore:

@@ -158,7 +158,7 @@ class Workspaces:
             workspace.context.mkdir(mode=0o755)
             if spec.context is not None:
                 archive = workspace.folder / "context.tar.gz"
-                await self._fetch(spec.context, archive, "the build context")
+                await self.fetch(spec.context, archive, "the build context")
                 digest = spec.context.tar_digest
                 await _in_thread(lambda stop: unpack(archive, workspace.context, digest, self._max_bytes, stop))
                 archive.unlink()
@@ -172,14 +172,17 @@ class Workspaces:
     async def _add_layer(self, layer: Layer, context: Path) -> None:
         name = f"layer-{layer.gzip_digest.partition(':')[2]}.tar.gz"
         _make_room(context / name)
-        await self._fetch(layer, context / name, "a layer")
+        await self.fetch(layer, context / name, "a layer")
         os.chmod(context / name, 0o644)
         await _in_thread(lambda stop: check_tar(context / name, layer.tar_digest, self._max_bytes, stop))
 
     # --- fetching ------------------------------------------------------------------------------------------------
 
-    async def _fetch(self, layer: Layer, file: Path, what: str) -> None:
-        """Write the layer's tar.gz into a new file, checked against its digest and size."""
+    async def fetch(self, layer: Layer, file: Path, what: str) -> None:
+        """Write the layer's tar.gz into a new file, checked against its digest and size. ``what`` is its name.
+
+        Raises BuildFailed, StateUnavailable.
+        """
         try:
             if layer.is_inline:
                 _write_new(file, await self._read_inline(layer, what))

@@ -355,13 +355,15 @@ class MirrorSettings(_Section):
 
 
 class ScanSettings(_Section):
-    """Security scans, by the program `trivy` on the builder's machine: [docs/scans.md](scans.md)."""
+    """Security scans, by the program `trivy` on the builder's machine: see [scans](scans.md).
+
+    Limits on memory, disk and log are those of `[build]`.
+    """
 
     program: str = Field(
         "", description='`"trivy"`, or the path of that program: scans are on. Empty: requests for one get 501.'
     )
     timeout: Duration = Field(900.0, description="Limit on one scan, with the download of the image.")
-    memory: Size = Field(4 * 10**9, description="Limit on the memory of one scan.")
     severities: tuple[Severity, ...] = Field(
         ("LOW", "MEDIUM", "HIGH", "CRITICAL"),
         description="What is looked for. With `UNKNOWN`, images are refused that no `scanLevels` can allow.",
