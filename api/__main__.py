@@ -153,7 +153,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    checks = CredentialChecks(LoginChecks(egress, endpoints), max_body_bytes=settings.http.max_body_bytes)
+    logins = LoginChecks(egress, endpoints, Ecr(egress, url=settings.platform.aws_url))
+    checks = CredentialChecks(logins, max_body_bytes=settings.http.max_body_bytes)
     paired: list[Endpoints] = [_pairing(settings.platform, redis, channel)]
     if platforms is not None:
         paired.append(InternalLogins(tokens, platforms))

@@ -77,7 +77,7 @@ class Identities:
         if token:
             if self._platform is None:
                 raise PairingMissing(claims.endpoint)
-            return await self._platform.identify(claims, bearer)
+            return await self._platform.identify(claims, "" if is_ours(bearer) else bearer)
         if not self._anonymous:
             raise RequestInvalid("Missing user access token")
         return Identity(workspace_id=claims.workspace_id, endpoint=claims.endpoint)

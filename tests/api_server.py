@@ -41,6 +41,7 @@ from wave_proxy.state.redis import check, connect
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.aws import Ecr
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress, endpoint_for
 from wave_proxy.upstream.logins import LoginChecks
@@ -139,7 +140,8 @@ class ApiServer:
             max_body_bytes=self._max_body_bytes,
         )
         scan_endpoints = Scans(builds, reports, enabled=self._scans)
-        checks = CredentialChecks(LoginChecks(egress, self._endpoints), max_body_bytes=self._max_body_bytes)
+        login_checks = LoginChecks(egress, self._endpoints, Ecr(egress))
+        checks = CredentialChecks(login_checks, max_body_bytes=self._max_body_bytes)
         others = (*jobs, scan_endpoints, inspections, checks, UsageMetrics(usage, self._accounts))
         pages = Site(tokens, builds, inspections, AUTHORITY)
         return create_app(containers, (*others, pages), partial(check, redis), f"http://{AUTHORITY}")

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from api.identities import Claims, Identities
 from bench.images import image, layer
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.identified import issue
 from tests.servers import Response, redis_server
+from wave_proxy.errors import AccessTokenRefused
+from wave_proxy.image.request import Identity
 from wave_proxy.state.identities import AccessTokens
 from wave_proxy.state.redis import connect
 from wave_proxy.state.tokens import TokenStore
@@ -208,6 +211,28 @@ def test_a_header_is_enough_for_what_needs_a_user(ask: Ask, ada: str) -> None:
     mirror = {"mirror": True, "buildRepository": "quay.io/x/y"}
     assert b"requires an authenticated request" in ask(SUBMIT, None, **mirror).body
     assert b"requires an authenticated request" not in ask(SUBMIT, None, f"Bearer {ada}", **mirror).body
+
+
+class Listener:
+    """In a Platform's place: writes down which tokens it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def identify(self, claims: Claims, bearer: str) -> Identity:
+        self.told += [token for token in (claims.access_token, bearer) if token]
+        return Identity(7, "pat@platform.org", access_token=claims.access_token)
+
+
+async def test_a_platform_is_told_no_token_of_ours(redis: str, ada: str) -> None:
+    client, platform = connect(redis), Listener()
+    identities = Identities(AccessTokens(client), platform)
+    for token, bearer in ((OF_A_PLATFORM, ada), (OF_A_PLATFORM, "new"), (ada, OF_A_PLATFORM), ("", OF_A_PLATFORM)):
+        await identities.identify(Claims(token), f"Bearer {bearer}")
+    with pytest.raises(AccessTokenRefused):
+        await identities.identify(Claims(NEVER_ISSUED), f"Bearer {OF_A_PLATFORM}")
+    await client.aclose()
+    assert platform.told == [OF_A_PLATFORM, OF_A_PLATFORM, "new"]
 
 
 def test_without_redis_nobody_is_taken_for_anonymous(tmp_path: Path, registry: Upstream) -> None:

@@ -11,7 +11,9 @@ import pytest
 from bench.upstream import Faults, Upstream
 from tests.outgoing import LOGIN, answer, egress_to, opened, scripted
 from tests.servers import distribution, has_distribution
+from tests.test_aws import REGISTRY, amazon
 from wave_proxy.errors import Offline, RequestInvalid
+from wave_proxy.upstream.aws import Ecr
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress, endpoint_for
 from wave_proxy.upstream.logins import LoginChecks
@@ -27,7 +29,7 @@ Start = Callable[..., Upstream]
 async def checks_at(*addresses: str, limit_s: float = 20.0, **options: Any) -> AsyncIterator[LoginChecks]:
     """What asks these registries, which an operator has opened."""
     async with egress_to(*addresses, **options) as egress:
-        yield LoginChecks(egress, opened(*addresses), limit_s=limit_s)
+        yield LoginChecks(egress, opened(*addresses), Ecr(egress), limit_s=limit_s)
 
 
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
@@ -181,9 +183,39 @@ async def test_a_table_that_opens_nothing_opens_nothing(upstream: Start) -> None
     endpoints = {server.address: endpoint_for(server.address, insecure=True)}
     egress = Egress(endpoints)
     with pytest.raises(RequestInvalid, match=r"^Invalid registry hostname$"):
-        await LoginChecks(egress, endpoints).check(server.address, LOGIN)
+        await LoginChecks(egress, endpoints, Ecr(egress)).check(server.address, LOGIN)
     await egress.close()
     assert server.log == []
+
+
+@pytest.mark.parametrize(
+    ("login", "taken"),
+    [
+        pytest.param(Login("AKIA1", "s1"), True, id="an access key"),
+        pytest.param(Login("AKIA2", "s2"), False, id="one of somebody else"),
+        pytest.param(Login("AWS", "pw-AKIA1"), True, id="what was got for one"),
+    ],
+)
+async def test_a_registry_of_amazon(upstream: Start, login: Login, taken: bool) -> None:
+    server = upstream(auth="basic", username="AWS", password="pw-AKIA1")
+    endpoints = {REGISTRY: endpoint_for(REGISTRY, url=server.url)}
+    egress = Egress(endpoints)
+    async with amazon() as (_, ecr):
+        checks = LoginChecks(egress, endpoints, ecr)
+        assert await checks.check(REGISTRY, login) is taken
+        with pytest.raises(RequestInvalid, match="userName: an access key can be tried"):
+            await checks.check(REGISTRY, Login("arn:aws:iam::123456789012:role/pull", "x"))
+    await egress.close()
+
+
+async def test_keys_that_amazon_refuses(upstream: Start) -> None:
+    server = upstream(auth="basic", username="AWS", password="pw-AKIA1")
+    endpoints = {REGISTRY: endpoint_for(REGISTRY, url=server.url)}
+    egress = Egress(endpoints)
+    async with amazon() as (stand_in, ecr):
+        stand_in.status = 403
+        assert not await LoginChecks(egress, endpoints, ecr).check(REGISTRY, Login("AKIA1", "s1"))
+    await egress.close()
 
 
 async def test_offline_is_said(upstream: Start) -> None:

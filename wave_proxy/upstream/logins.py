@@ -3,10 +3,12 @@
 import asyncio
 import socket
 from collections.abc import Mapping
+from time import time
 
 from yarl import URL
 
 from wave_proxy.errors import Offline, RequestInvalid, UpstreamError, WaveError
+from wave_proxy.upstream.aws import Ecr, is_ecr
 from wave_proxy.upstream.bearer import basic_authorization, choose_challenge, may_know
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, endpoint_for, is_public, origin_of, parse_url
@@ -18,17 +20,24 @@ _LOCALHOST = frozenset({"localhost", "localhost.localdomain", "0.0.0.0", "::1", 
 class LoginChecks:
     """Tries logins that other people bring, at registries that they name."""
 
-    def __init__(self, egress: Egress, endpoints: Mapping[str, Endpoint], *, limit_s: float = _LIMIT_S) -> None:
-        """``endpoints`` are those of the operator's tables, the only ones that may be at private addresses."""
+    def __init__(
+        self, egress: Egress, endpoints: Mapping[str, Endpoint], ecr: Ecr, *, limit_s: float = _LIMIT_S
+    ) -> None:
+        """``endpoints`` are those of the operator's tables, the only ones that may be at private addresses.
+
+        ``ecr`` has no keys of this server: who asks may be anybody, and must not use them.
+        """
         self._egress = egress
+        self._ecr = ecr
         self._endpoints = endpoints
         self._limit_s = limit_s
 
     async def check(self, registry: str, login: Login) -> bool:
         """Whether the registry, a host or a URL, takes that login; False also when it can't be reached in time.
 
-        One that lets in everybody takes none. Raises RequestInvalid for a registry at an address of our own network,
-        or that can't be resolved; Offline.
+        One that lets in everybody takes none. To an Amazon registry, the login is an access key and its secret.
+        Raises RequestInvalid for a registry at an address of our own network, or that can't be resolved, and for a
+        role; Offline.
         """
         try:
             async with asyncio.timeout(self._limit_s):
@@ -65,11 +74,19 @@ class LoginChecks:
             url = realm.update_query({"service": challenge.service}) if challenge.service else realm
             if not may_know(realm, endpoint):
                 return False
-        headers = {"Authorization": basic_authorization(login)}
+        headers = {"Authorization": basic_authorization(await self._exchanged(endpoint.registry, login))}
         response = await self._egress.follow("GET", str(url), headers=headers, endpoint=endpoint)
         response.release()
         # Elsewhere, what was asked did not carry the login.
         return response.status == 200 and origin_of(response.url) == origin_of(url)
+
+    async def _exchanged(self, registry: str, login: Login) -> Login:
+        """What is shown to the registry for a login: to Amazon's, what Amazon gives for an access key."""
+        if not is_ecr(registry) or login.username == "AWS":
+            return login
+        if login.username.startswith("arn:"):
+            raise RequestInvalid("userName: an access key can be tried, and a role can't")
+        return (await self._ecr.login(registry, login.username, login.password, time())).login
 
 
 def _read(registry: str) -> tuple[str, URL]:
