@@ -161,7 +161,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     scan_endpoints, metrics = Scans(builds, reports, enabled=scans.enabled), UsageMetrics(usage, accounts)
     jobs = (Builds(builds, accounts, scans, logs), Mirrors(builds, accounts, scans, logs))
     groups: tuple[Endpoints, ...] = (*jobs, scan_endpoints, inspections, checks, metrics, *paired)
-    pages = [Site(tokens, builds, inspections, settings.authority)] if settings.pages.enabled else []
+    site = Site(tokens, builds, reports, scans, containers, inspections, settings.authority)
+    pages = (site,) if settings.pages.enabled else ()
     return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
 
 

@@ -20,6 +20,14 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     return decode_object(await _read(request, max_bytes))
 
 
+async def read_text(request: Request, max_bytes: int) -> str:
+    """The text that a request carries, in UTF-8. Raises BodyTooLarge, RequestInvalid."""
+    try:
+        return (await _read(request, max_bytes)).decode()
+    except UnicodeDecodeError as err:
+        raise RequestInvalid(f"The request body is not text in UTF-8: {err}") from None
+
+
 async def _read(request: Request, max_bytes: int) -> bytearray:
     too_large = BodyTooLarge(f"The request body is over the limit of {max_bytes} bytes")
     announced = request.headers.get("content-length", "")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from re import compile as compile_pattern
 from time import time
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -223,17 +224,24 @@ class Containers:
         return await self._scans.find(request.scan_ids)
 
     async def _submit(self, request: Request, *, legacy: bool) -> Response:
-        submission = parse_submission(await read_object(request, self._max_body_bytes), self._hosts)
+        document = await read_object(request, self._max_body_bytes)
+        authorization = request.headers.get("authorization", "")
+        answer = await self.order(document, authorization, client_address(request), legacy=legacy)
+        return json_reply(answer, headers=_CONDA_FILE_WARNING if document.get("condaFile") and not legacy else None)
+
+    async def order(
+        self, document: dict[str, Any], authorization: str, ip_address: str, *, legacy: bool = False
+    ) -> dict[str, Any]:
+        """The answer to a container request with that body and Authorization header. Raises WaveError."""
+        submission = parse_submission(document, self._hosts)
         check_rules(submission, legacy=legacy)
         check_supported(submission, scans=self._scans.enabled)
         claims = claims_of(submission, submission.workflow_id)
-        identity = await self._identities.identify(claims, request.headers.get("authorization", ""))
+        identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
-        wanted, built = await self._resolve(submission, identity, client_address(request))
+        wanted, built = await self._resolve(submission, identity, ip_address)
         token = await self._record(wanted)
-        headers = _CONDA_FILE_WARNING if submission.conda_file and not legacy else None
-        answer = submitted(token, wanted, self._authority, legacy=legacy, built=built)
-        return json_reply(answer, headers=headers)
+        return submitted(token, wanted, self._authority, legacy=legacy, built=built)
 
     async def _resolve(
         self, submission: Submission, identity: Identity, ip_address: str

@@ -143,7 +143,7 @@ class ApiServer:
         login_checks = LoginChecks(egress, self._endpoints, Ecr(egress))
         checks = CredentialChecks(login_checks, max_body_bytes=self._max_body_bytes)
         others = (*jobs, scan_endpoints, inspections, checks, UsageMetrics(usage, self._accounts))
-        pages = Site(tokens, builds, inspections, AUTHORITY)
+        pages = Site(tokens, builds, reports, scans, containers, inspections, AUTHORITY)
         return create_app(containers, (*others, pages), partial(check, redis), f"http://{AUTHORITY}")
 
     def __enter__(self) -> Self:

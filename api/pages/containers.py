@@ -10,10 +10,11 @@ from starlette.responses import Response
 
 from api.answers import described
 from api.endpoints import HTML, Answer, endpoint, routes_of
-from api.pages.jobs import inspect_path, path_of
+from api.pages.jobs import inspect_path, path_of, scan_facts
 from api.pages.render import Fact, fact, given, page
 from api.replies import json_reply
 from api.shapes import Message
+from wave_proxy.image.build import Kind
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
@@ -59,7 +60,8 @@ class ContainerPages:
 
 def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
     has_own_name = not (told.get("freeze") or told["mirror"])
-    job_id = told.get("buildId", "")
+    job_id: str = told.get("buildId", "")
+    kind: Kind = "mirror" if told["mirror"] else "build"
     expires = datetime.fromisoformat(told["expiration"])
     return [
         fact("Image to pull", told["waveImage"]),
@@ -70,9 +72,12 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
         fact("Asked for at", _in_zone(told["timestamp"], told["zoneId"])),
         *given(
             fact("Platform", told.get("platform")),
-            fact("Build", job_id, path_of("builds", job_id)),
-            fact("Build begun for this request", told.get("buildNew")),
+            fact(kind.title(), job_id, path_of(kind, job_id)),
+            fact("Begun for this request", told.get("buildNew")),
             fact("Frozen", told.get("freeze")),
+        ),
+        *scan_facts(told),
+        *given(
             fact("Build repository", told.get("buildRepository")),
             fact("Cache repository", told.get("cacheRepository")),
             fact("Fusion", told.get("fusionVersion")),

@@ -11,10 +11,11 @@ from wave_proxy.errors import WaveError
 
 
 class InspectionPages:
-    """The page of inspection."""
+    """The page of inspection; with ``scans`` it offers one of the image."""
 
-    def __init__(self, inspections: Inspections) -> None:
+    def __init__(self, inspections: Inspections, *, scans: bool) -> None:
         self._inspections = inspections
+        self._scans = scans
         self.routes = routes_of(self)
 
     @endpoint(
@@ -37,4 +38,12 @@ class InspectionPages:
                 found = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
             except WaveError as err:
                 error = str(err)
-        return page("inspect.html", "Inspect an image", image=image, platform=platform, found=found, error=error)
+        return page(
+            "inspect.html",
+            "Inspect an image",
+            image=image,
+            platform=platform,
+            found=found,
+            error=error,
+            scans=self._scans,
+        )

@@ -1,18 +1,29 @@
 """What the pages of builds, mirrors and scans have in common: ids, states, logs."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from re import compile as compile_pattern
 from typing import Any
 from urllib.parse import quote
 
+from starlette.responses import RedirectResponse, Response
+
+from api.endpoints import HTML, Answer
 from api.pages.formats import format_time
-from wave_proxy.image.build import BuildRecord, split_build_id
+from api.pages.render import Fact, fact, page
+from wave_proxy.image.build import PREFIXES, BuildRecord, Kind, split_build_id
 from wave_proxy.state.builds import BuildStore
 
 MAX_LOG_BYTES = 100_000
 MAX_LISTED = 100
+
+JOB_ANSWERS: Mapping[int, Answer] = {
+    200: Answer("The job; for an id without a number, a list of those with one.", media_types=(HTML,)),
+    301: Answer("To the same with `_` before the number.", headers={"Location": "The page."}),
+    307: Answer("To the only one there is.", headers={"Location": "The page."}),
+}
 
 _DASHED = compile_pattern(r"(.+)-([0-9]+)")
 _WHOLE_SERIES = compile_pattern(r"(?:(?:bd|mr|sc)-)?[0-9a-f]{16}")
@@ -57,9 +68,9 @@ def is_series(job_id: str) -> bool:
     return _SERIES.fullmatch(job_id) is not None
 
 
-def path_of(kind: str, job_id: str) -> str:
-    """Where the page of a job is; ``kind`` is ``builds``, ``mirrors`` or ``scans``."""
-    return f"/view/{kind}/{quote(job_id, safe='')}"
+def path_of(kind: Kind, job_id: str) -> str:
+    """Where the page of a job is."""
+    return f"/view/{kind}s/{quote(job_id, safe='')}"
 
 
 def state_of(job: BuildRecord) -> State:
@@ -75,7 +86,25 @@ def state_of(job: BuildRecord) -> State:
             return FAILED
 
 
-async def find_series(store: BuildStore, series: str) -> list[BuildRecord]:
+async def locate(store: BuildStore, kind: Kind, asked: str) -> BuildRecord | Response | None:
+    """The job that an address is about, or where it leads instead: to the whole id, or a list of jobs; None for none.
+
+    The id may be without what all ids of that kind begin with. Raises StateUnavailable.
+    """
+    if whole := numbered(asked):
+        return RedirectResponse(path_of(kind, whole), 301)
+    prefix = PREFIXES[kind]
+    job_id = asked if asked.startswith(f"{prefix}-") else f"{prefix}-{asked}"
+    if not is_series(asked):
+        job = await store.find(job_id)
+        return job if job is not None and job.spec.kind == kind else None
+    jobs = await _find_series(store, job_id)
+    if len(jobs) == 1:
+        return RedirectResponse(path_of(kind, jobs[0].build_id), 307)
+    return page("jobs.html", f"{kind.title()}s {asked}", jobs=[_entry(kind, job) for job in jobs]) if jobs else None
+
+
+async def _find_series(store: BuildStore, series: str) -> list[BuildRecord]:
     """The last jobs of a series, the newest first; those that are not kept any more are left out."""
     newest = await store.newest(series)
     parts = split_build_id(newest.build_id) if newest else None
@@ -86,10 +115,16 @@ async def find_series(store: BuildStore, series: str) -> list[BuildRecord]:
     return [newest, *(one for one in others if one)]
 
 
-def entry_of(kind: str, job: BuildRecord) -> dict[str, Any]:
-    """A job in a list of jobs."""
+def _entry(kind: Kind, job: BuildRecord) -> dict[str, Any]:
     time = format_time(datetime.fromtimestamp(job.created, UTC))
     return {"id": job.build_id, "href": path_of(kind, job.build_id), "state": state_of(job), "time": time}
+
+
+def scan_facts(told: Mapping[str, Any]) -> list[Fact]:
+    """The scans that the API tells of a container, a build or a mirror."""
+    of_platforms = [(ref["id"], f"Scan of {ref['value']}") for ref in told.get("scanChildIds", {}).get("refs", [])]
+    named = of_platforms or [(told["scanId"], "Scan")] if "scanId" in told else []
+    return [fact(label, scan_id, path_of("scan", scan_id)) for scan_id, label in named]
 
 
 def inspect_path(image: str) -> str:

@@ -60,6 +60,10 @@ def read_page(answer: Response) -> Page:
     for tag, attributes in page.elements:
         assert tag not in ("style", "iframe", "object", "embed", "base", "svg")
         assert not [name for name in attributes if name.startswith("on") or name == "style"], (tag, attributes)
+        if attributes.get("rel") == "noreferrer noopener":
+            assert tag == "a"
+            assert attributes["href"].startswith(("http://", "https://"))
+            continue
         for name in ("src", "href", "action"):
             address = attributes.get(name, "/")
             assert address.startswith("/"), (tag, attributes)

@@ -44,7 +44,7 @@ def test_a_missing_number(given: str, is_one: bool) -> None:
 
 
 def test_addresses_are_of_this_server_whatever_the_id_is() -> None:
-    assert path_of("builds", "//evil.test/%0d\r\n") == "/view/builds/%2F%2Fevil.test%2F%250d%0D%0A"
+    assert path_of("build", "//evil.test/%0d\r\n") == "/view/builds/%2F%2Fevil.test%2F%250d%0D%0A"
     assert inspect_path("a/b:c&platform=x") == "/view/inspect?image=a%2Fb%3Ac%26platform%3Dx"
     assert inspect_path("oras://a/b:c") == ""
 

@@ -15,8 +15,10 @@ from tests.pages.html import Page, read_page
 from tests.servers import redis_server
 from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.request import Identity
+from wave_proxy.image.scan import Severity, Vulnerability, count_severities
 from wave_proxy.state.builds import BuildLimits, BuildStore, Claim
 from wave_proxy.state.redis import connect
+from wave_proxy.state.scans import ScanReports
 
 EVIL = """</pre></script><script>alert("1")</script><img src=x onerror='alert(1)'> & {{ 7 * 7 }}"""
 DIGEST = f"sha256:{'d' * 64}"
@@ -49,7 +51,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         redis_server(tmp_path_factory.mktemp("redis")) as redis,
         Upstream() as registry,
         ApiServer(
-            redis, upstreams=[registry.address], build_repository=f"{registry.address}/builds", accounts={}
+            redis, upstreams=[registry.address], build_repository=f"{registry.address}/builds", scans=True
         ) as api,
     ):
         registry.add("library/base", BASE, "1.0")
@@ -61,8 +63,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 class Builder:
     """Builds as they are wanted."""
 
-    def __init__(self, store: BuildStore) -> None:
+    def __init__(self, store: BuildStore, reports: ScanReports) -> None:
         self.store = store
+        self.reports = reports
         self._random = Random()
 
     async def start(self, **changes: Any) -> Claim:
@@ -74,16 +77,22 @@ class Builder:
         container_id = self._random.randbytes(8).hex()
         spec = BuildSpec(container_id, f"wave.example:9090/local/build:{container_id}", "FROM scratch\n")
         record, _ = await self.store.submit(replace(spec, **changes), admit)
-        claim = await self.store.claim("test", 5)
-        assert claim is not None
-        assert claim.record.build_id == record.build_id
-        return claim
+        return await self.claim(record.build_id)
+
+    async def claim(self, job_id: str) -> Claim:
+        """That job; others, which tests have left, are ended."""
+        while True:
+            claim = await self.store.claim("test", 5)
+            assert claim is not None
+            if claim.record.build_id == job_id:
+                return claim
+            await self.store.finish(claim, exit_status=1, reason="left over")
 
 
 @pytest.fixture
 async def builder(scene: Scene) -> AsyncIterator[Builder]:
     async with connect(scene.redis) as redis:
-        yield Builder(BuildStore(redis, BuildLimits(1000)))
+        yield Builder(BuildStore(redis, BuildLimits(1000)), ScanReports(redis))
 
 
 # --- builds ----------------------------------------------------------------------------------------------------------
@@ -224,6 +233,144 @@ def test_an_unknown_token(scene: Scene, token: str) -> None:
     answer = scene.api.request("GET", f"/view/containers/{token}")
     assert answer.status == 404
     assert answer.json() == {"message": f"Unknown container token: {token[:64]}"}
+
+
+# --- mirrors ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_mirror(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(
+        kind="mirror", source_image=scene.base, target_image="registry.test/base:1.0", platform="", container_file=""
+    )
+    mirror_id = claim.record.build_id
+    await builder.store.append_log(claim, f"copy {EVIL}\n".encode())
+    page = scene.view(f"mirrors/{mirror_id}")
+    facts = page.facts()
+    assert facts[f"Mirror {mirror_id}"] == "Running"
+    assert (facts["Source"], facts["Target"], facts["Platform"]) == (scene.base, "registry.test/base:1.0", "(all)")
+    assert f"copy {EVIL}\n" in page.text
+    assert f"/v1alpha1/mirrors/{mirror_id}/logs?offset=" in page.source
+    await builder.store.finish(claim, exit_status=1, reason=f"refused: {EVIL}")
+    page = scene.view(f"mirrors/{mirror_id}")
+    assert f"Failed: refused: {EVIL}" in page.text
+    assert page.facts()["Exit code"] == "1"
+
+
+@pytest.mark.parametrize("asked", ["mr-0123456789abcdef_1", "mr-0123456789abcdef", "x"])
+def test_what_is_no_mirror(scene: Scene, asked: str) -> None:
+    assert f"Unknown container mirror id '{asked}'" in scene.view(f"mirrors/{asked}").text
+
+
+async def test_a_job_has_the_page_of_its_kind(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(kind="mirror", source_image=scene.base, target_image="registry.test/other:1.0")
+    assert "Unknown build id" in scene.view(f"builds/{claim.record.build_id}").text
+    await builder.store.finish(claim, exit_status=1, reason="not wanted")
+
+
+# --- scans -----------------------------------------------------------------------------------------------------------
+
+FOUND = [
+    Vulnerability("CVE-1", "CRITICAL", f"worst {EVIL}", "openssl", "1.0", "1.1", "https://cve.test/1"),
+    Vulnerability(f"CVE-2 {EVIL}", "LOW", "mild", "zlib", "1", "", "javascript:alert(1)"),
+]
+
+
+async def scan(scene: Scene, builder: Builder, name: str, found: list[Vulnerability]) -> str:
+    """The id of a scan of an image of that name, asked for on the page, which has found that."""
+    scene.registry.add(f"library/{name}", image([layer({"name": name})]), "1.0")
+    image_name = f"{scene.registry.address}/library/{name}:1.0"
+    asked = scene.api.request("POST", "/view/scans", body=image_name, headers={"Content-Type": "text/plain"})
+    assert asked.status == 301, asked.body
+    assert scene.view(asked.headers["Location"].removeprefix("/view/")).facts()["Image"] == image_name
+    scan_id = asked.headers["Location"].removeprefix("/view/scans/")
+    claim = await builder.claim(scan_id)
+    await builder.reports.keep(scan_id, count_severities(found), found, b"{}")
+    await builder.store.append_log(claim, f"looked at {EVIL}\n".encode())
+    await builder.store.finish(claim, exit_status=0)
+    return scan_id
+
+
+async def test_a_scan_from_the_form_to_what_it_found(scene: Scene, builder: Builder) -> None:
+    scan_id = await scan(scene, builder, "bad", FOUND)
+    page = scene.view(f"scans/{scan_id}")
+    assert "Vulnerabilities: 1 CRITICAL, 1 LOW" in page.text
+    assert ("p", {"class": "state bad"}) in page.elements
+    for text in (f"worst {EVIL}", f"CVE-2 {EVIL}", "openssl", "zlib", f"looked at {EVIL}".replace("'", "")):
+        assert text in page.text
+    assert page.links["CVE-1"] == "https://cve.test/1"
+    assert "javascript:" not in page.source
+    assert scene.api.request("GET", f"/view/scans/{scan_id[:-2]}").headers["Location"] == f"/view/scans/{scan_id}"
+
+
+@pytest.mark.parametrize(
+    ("severity", "colour"), [("LOW", "good"), ("MEDIUM", "going"), ("HIGH", "bad"), ("UNKNOWN", "going"), ("", "good")]
+)
+async def test_the_worst_vulnerability_colours_a_scan(
+    scene: Scene, builder: Builder, severity: Severity, colour: str
+) -> None:
+    found = [Vulnerability("CVE-3", severity)] if severity else []
+    page = scene.view(f"scans/{await scan(scene, builder, f'has{severity.lower()}', found)}")
+    assert next(attributes for tag, attributes in page.elements if tag == "p") == {"class": f"state {colour}"}
+
+
+def test_what_is_no_scan(scene: Scene) -> None:
+    assert "No scan report exists with id: sc-0123456789abcdef_1" in scene.view("scans/sc-0123456789abcdef_1").text
+    answer = scene.api.request("GET", "/view/scans/sc-0123456789abcdef")
+    assert (answer.status, answer.json()) == (404, {"message": "Unknown container scan id 'sc-0123456789abcdef'"})
+
+
+@pytest.mark.parametrize(
+    ("body", "media_type"),
+    [
+        ("{name}", "text/plain"),
+        ("{name}", "application/x-www-form-urlencoded"),
+        ("image={name}&x=1", "application/x-www-form-urlencoded"),
+        ('"{name}"', "application/json"),
+        ('{{"image": "{name}"}}', "application/json"),
+    ],
+)
+async def test_ways_to_name_an_image(scene: Scene, builder: Builder, body: str, media_type: str) -> None:
+    text = body.format(name=scene.base)
+    answer = scene.api.request("POST", "/view/scans", body=text, headers={"Content-Type": media_type})
+    assert answer.status == 301, answer.body
+    assert scene.view(answer.headers["Location"].removeprefix("/view/")).facts()["Image"] == scene.base
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        ("", 400, "Missing container image"),
+        ("<script>alert(1)</script>", 400, "<script>alert(1)</script>"),
+        ('{"image": ', 400, "not valid JSON"),
+        ('{"image": 7}', 400, "Missing container image"),
+        ("127.0.0.1:1/a", 400, "allow_private"),
+        ("x" * 20_000, 413, "over the limit"),
+        (b"\xff\xfe", 400, "not text in UTF-8"),
+    ],
+)
+def test_scans_that_are_refused(scene: Scene, body: str | bytes, status: int, text: str) -> None:
+    answer = scene.api.request("POST", "/view/scans", body=body)
+    assert answer.status == status
+    page = read_page(answer)
+    assert "Error processing scan request - cause: " in page.text
+    assert text in page.text
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://evil.test", 403), ("null", 403), ("http://wave.example:9090", 301), ("http://{host}", 301)],
+)
+def test_forms_of_other_sites_are_refused(scene: Scene, origin: str, status: int) -> None:
+    headers = {"Origin": origin.format(host=scene.api.address)}
+    assert scene.api.request("POST", "/view/scans", body=scene.base, headers=headers).status == status
+
+
+def test_without_scans_there_are_no_pages_of_them(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with redis_server(tmp_path_factory.mktemp("redis")) as redis, ApiServer(redis) as api:
+        assert api.request("GET", "/view/scans/sc-0123456789abcdef_1").status == 501
+        refused = api.request("POST", "/view/scans", body="ubuntu")
+        assert refused.status == 501
+        assert "Security scan service is not enabled" in read_page(refused).text
 
 
 # --- inspection ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ Phase = Literal["queued", "running", "done"]
 
 _NOBODY = Identity()
 
-_PREFIXES: dict[Kind, str] = {"build": "bd", "mirror": "mr", "scan": "sc"}
+PREFIXES: Mapping[Kind, str] = {"build": "bd", "mirror": "mr", "scan": "sc"}
+"""What the ids of jobs begin with."""
 
 LOCK_START = ">> CONDA_LOCK_START"
 LOCK_END = "<< CONDA_LOCK_END"
@@ -78,7 +79,7 @@ class BuildSpec:
     @property
     def series(self) -> str:
         """What the ids of all jobs of the same result begin with: ``bd-``, ``mr-`` or ``sc-``, and the container id."""
-        return f"{_PREFIXES[self.kind]}-{self.container_id}"
+        return f"{PREFIXES[self.kind]}-{self.container_id}"
 
     @property
     def slot(self) -> str:

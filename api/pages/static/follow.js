@@ -51,6 +51,15 @@ function follow() {
   });
 }
 
+// What has no log to follow is asked for again and again, until it is done.
+function poll() {
+  const facts = document.getElementById("facts");
+  if (facts && "going" in facts.dataset) {
+    setTimeout(() => refresh().finally(poll), 5000);
+  }
+}
+
+poll();
 if (log) {
   log.scrollTop = log.scrollHeight;
   if (log.dataset.follow) {
