@@ -49,6 +49,19 @@ def test_a_command_line_of_today(wave: WaveProxy, file: str) -> None:
     assert wave.pull(again["targetImage"]).digest == wave.pull(answer["targetImage"]).digest
 
 
+def test_the_log_of_a_build(wave: WaveProxy, file: str) -> None:
+    """The API page's pair: a text, that ends with where the image went."""
+    cli = WaveCli(wave.address, pause_s=0.1)
+    answer = cli.submit(submission(containerFile=file))
+    cli.await_(answer, PATIENCE_S)
+    log = cli.get(f"/v1alpha1/builds/{answer['buildId']}/logs")
+    assert log.status == 200
+    assert (log.header("Content-Type") or "").startswith("text/plain")
+    lines = log.text.splitlines()
+    assert f"pushing to {answer['containerImage']}" in log.text
+    assert f"pushed {answer['containerImage']}@sha256:" in lines[-1]
+
+
 def test_a_command_line_of_version_1_3(wave: WaveProxy, file: str) -> None:
     cli = WaveCli(wave.address)
     path = f"/v1alpha1/builds/{cli.submit(submission(containerFile=file))['buildId']}/status"
