@@ -72,7 +72,9 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     registry = Registry(egress, credentials, attempts=settings.upstream.attempts)
     stack.push_async_callback(registry.close)
     tokens = TokenStore(redis, settings.tokens.retention)
-    workspaces = Workspaces(settings.data / "builds", registry, tokens, settings.build.disk)
+    # What a build adds is read without the builder's own login, which opens every local repository.
+    reader = registry.acting_as(read_credentials(settings.registries))
+    workspaces = Workspaces(settings.data / "builds", reader, tokens, settings.build.disk)
     store = _store(settings.build, redis)
     for build_id, attempt in await workspaces.remove_leftovers():
         await store.abandon(build_id, attempt)

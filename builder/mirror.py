@@ -70,11 +70,13 @@ class Mirrors:
                     with _reading():
                         content = await source.read()
                     await confirm()
-                    return await self._push(content, source, parse_reference(spec.target_image), book)
+                    return await self._push(content, source, spec, book)
         finally:
             await reader.close()
 
-    async def _push(self, content: Content, source: Source, target: Reference, book: LogBook) -> str:
+    async def _push(self, content: Content, source: Source, spec: BuildSpec, book: LogBook) -> str:
+        registry = self._registry.acting_for(spec.identity.local_email, spec.logins)
+        target = parse_reference(spec.target_image)
         progress = Progress(content, book.say)
         book.say(f"{_described(content)}; {progress.size}")
         for blob in source.skipped.values():
@@ -84,7 +86,7 @@ class Mirrors:
             return progress.watch(blob, start, source.open(blob, start))
 
         with _pushing(source):
-            digest = await push(self._registry, content, open_blob, target, on_progress=book.say, on_blob=progress.note)
+            digest = await push(registry, content, open_blob, target, on_progress=book.say, on_blob=progress.note)
         progress.say()
         book.say(f"mirrored {target}@{digest}")
         return digest

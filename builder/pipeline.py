@@ -71,8 +71,9 @@ class Pipeline:
 
     async def _push(self, layout: Path, spec: BuildSpec, book: LogBook) -> str:
         book.say(f"pushing to {spec.target_image}")
+        registry = self._registry.acting_for(spec.identity.local_email, spec.logins)
         try:
-            digest = await publish(self._registry, layout, parse_reference(spec.target_image), on_progress=book.say)
+            digest = await publish(registry, layout, parse_reference(spec.target_image), on_progress=book.say)
         except TooManyRequests as err:
             raise BuildFailed(f"upstream limits requests (429): the image can't be pushed: {err}") from None
         except WaveError as err:
@@ -83,9 +84,10 @@ class Pipeline:
     def _write_logins(self, spec: BuildSpec, workspace: Workspace) -> Path | None:
         logins: dict[str, Login] = {}
         if spec.cache_repository:
-            host = parse_reference(spec.cache_repository).registry
-            login = self._credentials.find(host)
-            logins = {host: login} if login else {}
+            cache = parse_reference(spec.cache_repository)
+            credentials = self._credentials.of(spec.identity.local_email, spec.logins)
+            login = credentials.find(cache.registry, cache.repository)
+            logins = {cache.registry: login} if login else {}
         return workspace.write_logins(logins)
 
     # --- base images ---------------------------------------------------------------------------------------------

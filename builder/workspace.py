@@ -11,6 +11,7 @@ from asyncio.subprocess import DEVNULL, PIPE
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from hashlib import new as new_hash
@@ -31,7 +32,7 @@ from wave_proxy.errors import (
     UpstreamUnavailable,
     WaveError,
 )
-from wave_proxy.image.build import BuildRecord, split_build_id
+from wave_proxy.image.build import BuildRecord, BuildSpec, split_build_id
 from wave_proxy.image.request import Layer, unpack_inline_layer
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.credentials import Login
@@ -152,7 +153,11 @@ class Workspaces:
 
     async def fill(self, workspace: Workspace, record: BuildRecord) -> None:
         """Put in what the build needs. Raises BuildFailed, StateUnavailable."""
-        spec = record.spec
+        spec, own = record.spec, copy(self)
+        own._registry = self._registry.acting_for(spec.identity.local_email, spec.logins)
+        await own._fill(workspace, spec)
+
+    async def _fill(self, workspace: Workspace, spec: BuildSpec) -> None:
         try:
             _write_new(workspace.folder / "Containerfile", spec.container_file.encode())
             workspace.context.mkdir(mode=0o755)

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass, field
@@ -177,6 +177,10 @@ class Registry:
         other = copy(self)
         other._credentials = credentials
         return other
+
+    def acting_for(self, email: str, own: Iterable[tuple[str, str, str]] = ()) -> "Registry":
+        """The same client with the logins of that user: his ``own`` (registry, user, password), then these."""
+        return self.acting_as(self._credentials.of(email, own))
 
     # --- what callers ask for ------------------------------------------------------------------------------------
 
