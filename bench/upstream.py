@@ -100,7 +100,7 @@ class Upstream:
     ) -> None:
         self.faults = faults or Faults()
         self._auth = auth
-        self._basic = f"Basic {b64encode(f'{username}:{password}'.encode()).decode()}" if username else ""
+        self.let_in(username, password)
         self._host = host
         self._port = 0
         self._repositories: dict[str, _Repository] = {}
@@ -145,6 +145,10 @@ class Upstream:
         return sum(
             r.method == "GET" and r.status in (200, 206) and r.path.endswith(f"/blobs/{digest}") for r in self.log
         )
+
+    def let_in(self, username: str, password: str) -> None:
+        """Take that login from now on, and no other; bearer tokens that were given go on."""
+        self._basic = f"Basic {b64encode(f'{username}:{password}'.encode()).decode()}" if username else ""
 
     def revoke_tokens(self) -> None:
         """Let all bearer tokens expire."""
