@@ -11,13 +11,13 @@ import pytest
 
 from bench.images import image, layer
 from bench.upstream import Upstream
+from tests.identified import issue
 from tests.servers import Response, WaveProxy, http_request, split_image
+from tests.test_accounts import SLOW
 from tests.test_cli import run
 from wave_proxy.image.oci import ACCEPT_MANIFESTS
-from wave_proxy.state.accounts import hash_password
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import connect
-from wave_proxy.supervisor import runtime_place
 
 CONFIG = f"""
 [quota]
@@ -28,7 +28,7 @@ build_identified = "2/1h"
 wait = "0s"
 
 [accounts]
-admin = "{hash_password("correct horse")}"
+admin = "{SLOW}"
 
 [build]
 engine = "buildkit"                      # which is not there: builds fail, and count
@@ -64,11 +64,6 @@ def wave(data: Path, registry: Upstream) -> Iterator[WaveProxy]:
         yield started
 
 
-def token_of(data: Path, email: str) -> str:
-    """A new access token, as an operator issues it."""
-    return run("token", "create", "--data", data, "--user", email).stdout.strip()
-
-
 def submit(wave: WaveProxy, token: str, address: str = "", *, header: bool = False, **attributes: Any) -> Response:
     headers = {"X-Forwarded-For": address} if address else {}
     if header:
@@ -101,7 +96,7 @@ def test_a_user_has_a_quota_of_pulls_whatever_token_and_address(
     wave: WaveProxy, data: Path, registry: Upstream
 ) -> None:
     name = f"{registry.address}/library/tool:v1"
-    first, second, bob = (token_of(data, mail) for mail in ("ada@lab.org", "Ada@lab.org", "bob@lab.org"))
+    first, second, bob = (issue(wave.redis_url, mail) for mail in ("ada@lab.org", "Ada@lab.org", "bob@lab.org"))
     mine = [submit(wave, first, containerImage=name), submit(wave, second, header=True, containerImage=name)]
     pulled = [pull_once(wave, mine[turn % 2], f"198.51.100.{turn}") for turn in range(4)]
     assert [answer.status for answer in pulled] == [200, 200, 200, 429]
@@ -117,8 +112,8 @@ def test_a_user_has_a_quota_of_pulls_whatever_token_and_address(
     assert [pull_once(wave, nobody, "198.51.100.1").status for _ in range(2)] == [200, 429]
 
 
-def test_a_user_has_a_quota_of_builds_and_submits_say_when_to_come_back(wave: WaveProxy, data: Path) -> None:
-    ada, bob = token_of(data, "ada@build.org"), token_of(data, "bob@build.org")
+def test_a_user_has_a_quota_of_builds_and_submits_say_when_to_come_back(wave: WaveProxy) -> None:
+    ada, bob = issue(wave.redis_url, "ada@build.org"), issue(wave.redis_url, "bob@build.org")
     begun = [submit(wave, ada, f"198.51.100.{turn}", containerFile=container_file(turn)) for turn in range(3)]
     assert [answer.status for answer in begun] == [200, 200, 429]
     refused = begun[2]
@@ -136,8 +131,8 @@ def test_a_user_has_a_quota_of_builds_and_submits_say_when_to_come_back(wave: Wa
     assert "users with an access token have 2/1h" in nobody[1].json()["message"]
 
 
-def test_status_is_never_limited(wave: WaveProxy, data: Path) -> None:
-    token = token_of(data, "poll@build.org")
+def test_status_is_never_limited(wave: WaveProxy) -> None:
+    token = issue(wave.redis_url, "poll@build.org")
     answer = submit(wave, token, containerFile=container_file(20))
     request, build = answer.json()["requestId"], answer.json()["buildId"]
     headers = {"Authorization": f"Bearer {token}"}
@@ -146,7 +141,7 @@ def test_status_is_never_limited(wave: WaveProxy, data: Path) -> None:
 
 
 def test_a_build_is_its_users(wave: WaveProxy, data: Path) -> None:
-    token = token_of(data, "owner@build.org")
+    token = issue(wave.redis_url, "owner@build.org")
     build_id = submit(wave, token, containerFile=container_file(30)).json()["buildId"]
     document = wave.request("GET", f"/v1alpha1/builds/{build_id}").json()
     (listed,) = json.loads(run("token", "list", "--json", "--data", data, "--user", "owner@build.org").stdout)
@@ -154,7 +149,7 @@ def test_a_build_is_its_users(wave: WaveProxy, data: Path) -> None:
     assert listed["lastUsed"] is not None
 
     async def owner() -> str:
-        redis = connect(f"unix://{runtime_place(data) / 'redis.sock'}")
+        redis = connect(wave.redis_url)
         record = await BuildStore(redis, BuildLimits(4)).find(build_id)
         await redis.aclose()
         assert record is not None
@@ -163,8 +158,8 @@ def test_a_build_is_its_users(wave: WaveProxy, data: Path) -> None:
     assert asyncio.run(owner()) == "owner@build.org"
 
 
-def test_what_users_do_counts_for_their_organisation(wave: WaveProxy, data: Path, registry: Upstream) -> None:
-    token = token_of(data, "eve@counted.example")
+def test_what_users_do_counts_for_their_organisation(wave: WaveProxy, registry: Upstream) -> None:
+    token = issue(wave.redis_url, "eve@counted.example")
     answer = submit(wave, token, containerImage=f"{registry.address}/library/tool:v1")
     assert [pull_once(wave, answer, "198.51.100.20").status for _ in range(3)] == [200] * 3
     for number in (40, 41):
@@ -178,7 +173,7 @@ def test_a_revoked_token_asks_for_nothing_more_and_containers_stay(
     wave: WaveProxy, data: Path, registry: Upstream
 ) -> None:
     name = f"{registry.address}/library/tool:v1"
-    token = token_of(data, "left@lab.org")
+    token = run("token", "create", "--data", data, "--user", "left@lab.org").stdout.strip()
     before = submit(wave, token, containerImage=name)
     assert before.status == 200
     assert run("token", "revoke", "--user", "left@lab.org", "--data", data).returncode == 0
@@ -206,7 +201,7 @@ def test_guesses_at_accounts_are_limited_on_the_api_as_for_pushes(wave: WaveProx
 
 
 def test_no_token_is_written_down(wave: WaveProxy, data: Path, registry: Upstream) -> None:
-    token = token_of(data, "quiet@lab.org")
+    token = issue(wave.redis_url, "quiet@lab.org")
     answer = submit(wave, token, header=True, containerImage=f"{registry.address}/library/tool:v1")
     submit(wave, token, containerImage=f"{registry.address}/library/tool:v1")
     wave.request(
@@ -218,3 +213,18 @@ def test_no_token_is_written_down(wave: WaveProxy, data: Path, registry: Upstrea
     kept = b"".join(file.read_bytes() for file in data.rglob("*") if file.is_file())
     assert b"quiet@lab.org" in kept
     assert secret.encode() not in kept
+
+
+def test_only_known_users(tmp_path: Path, registry: Upstream) -> None:
+    name = f"{registry.address}/library/tool:v1"
+    with WaveProxy(tmp_path / "data", config="[access]\nanonymous = false\n", upstreams=[registry.address]) as wave:
+        for path in ("/v1alpha2/container", "/container-token", "/v1alpha1/inspect"):
+            answer = wave.request("POST", path, body={"containerImage": name, "towerAccessToken": None})
+            assert (answer.status, answer.json()) == (400, {"message": "Missing user access token"})
+        token = issue(wave.redis_url, "ada@lab.org")
+        headers = {"Authorization": f"Bearer {token}"}
+        inspected = wave.request("POST", "/v1alpha1/inspect", body={"containerImage": name}, headers=headers)
+        assert inspected.status == 200
+        wave.pull(wave.submit(containerImage=name, towerAccessToken=token)["targetImage"])
+        direct = wave.request("GET", f"/v2/{registry.address}/library/tool/manifests/v1")
+        assert direct.status in (403, 404)
