@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM, socket
+from time import time
 from typing import NoReturn
 
 import uvicorn
@@ -36,8 +37,10 @@ from api.pages.site import Site
 from api.pairing import PairingEndpoint, PairingRules
 from api.planning import BuildDefaults, Planner
 from api.platforms import Platforms
+from api.refreshing import Refreshing
 from api.registries import Registries
 from api.remembered import Remembered
+from api.runs import RunLimits, Runs
 from api.scan_orders import ScanOrders
 from api.scans import Scans
 from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, ScanSettings, Settings, receive
@@ -54,6 +57,7 @@ from wave_proxy.state.jwts import TokenPairs
 from wave_proxy.state.pairing import Pairings
 from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
+from wave_proxy.state.runs import RunTokens
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
@@ -142,6 +146,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
+        runs=_runs(settings.platform, redis, tokens, platforms, stack),
     )
     logs = JobLogs(builds)
     stack.push_async_callback(logs.close)
@@ -258,19 +263,32 @@ def _platforms(
         return None
     stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
     transport = DirectTransport(egress, allow_private=platform.allow_private) if platform.direct else channel
+    pairs = TokenPairs(redis)
+    client = PlatformClient(transport, pairs)
+    stack.push_async_callback(cancel, asyncio.create_task(Refreshing(pairs, client).run()))
     remembered = Remembered(Answers(redis, settings.tokens.max_lifetime), platform.patience)
     stack.push_async_callback(remembered.close)
     keys = AwsKeys(platform.aws_access_key, platform.aws_secret_key.get_secret_value())
-    pairs = TokenPairs(redis)
     return Platforms(
         platform.endpoints,
         Pairings(redis),
-        PlatformClient(transport, pairs),
+        client,
         pairs,
         remembered,
         Ecr(egress, url=platform.aws_url, own=keys if keys.access_key else None),
         own=[place for place in (settings.authority, build.repository, build.cache_repository) if place],
     )
+
+
+def _runs(
+    settings: PlatformSettings, redis: Redis, tokens: TokenStore, platforms: Platforms | None, stack: AsyncExitStack
+) -> Runs | None:
+    if platforms is None:
+        return None
+    limits = RunLimits(settings.run_lifetime, settings.run_max_lifetime, settings.run_check)
+    runs = Runs(RunTokens(redis), tokens, platforms, limits, time)
+    stack.push_async_callback(cancel, asyncio.create_task(runs.run()))
+    return runs
 
 
 def _pairing(settings: PlatformSettings, redis: Redis, channel: Channel) -> PairingEndpoint:

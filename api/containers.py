@@ -37,6 +37,7 @@ from api.planning import wants_build
 from api.registries import Registries
 from api.replies import json_reply
 from api.rules import check_known, check_rules, check_supported
+from api.runs import Runs
 from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
@@ -62,7 +63,7 @@ class Containers:
     """The endpoints of container requests.
 
     ``public_url`` is the address that image names begin with, scheme included; ``lifetime_s`` is how long a token can
-    be pulled.
+    be pulled, and ``runs`` looks after those of runs.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Containers:
         public_url: str,
         lifetime_s: float,
         max_body_bytes: int,
+        runs: Runs | None = None,
     ) -> None:
         self._tokens = tokens
         self._registries = registries
@@ -91,6 +93,7 @@ class Containers:
         self._public_url = public_url
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
+        self._runs = runs
         self._max_body_bytes = max_body_bytes
         self.routes = routes_of(self)
 
@@ -240,8 +243,8 @@ class Containers:
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
         wanted, built = await self._resolve(submission, identity, ip_address)
-        token = await self._record(wanted)
-        return submitted(token, wanted, self._authority, legacy=legacy, built=built)
+        token, told = await self._record(wanted)
+        return submitted(token, told, self._authority, legacy=legacy, built=built)
 
     async def _resolve(
         self, submission: Submission, identity: Identity, ip_address: str
@@ -334,9 +337,12 @@ class Containers:
                 raise RequestInvalid(f"containerIncludes[{position}]: {err}") from None
         return layers
 
-    async def _record(self, wanted: ContainerRequest) -> str:
+    async def _record(self, wanted: ContainerRequest) -> tuple[str, ContainerRequest]:
+        """The token, and the request as clients are told of it."""
         try:
-            return await self._tokens.put(wanted)
+            if self._runs is None:
+                return await self._tokens.put(wanted), wanted
+            return await self._runs.record(wanted, self._tokens.put)
         except ContentMismatch as err:  # of an inline layer: the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
 

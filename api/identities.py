@@ -5,13 +5,9 @@ from typing import Protocol
 
 from api.schema import Claiming
 from wave_proxy.errors import PairingMissing, RequestInvalid
+from wave_proxy.image.platform import DEFAULT_ENDPOINT, known_endpoint
 from wave_proxy.image.request import Identity
 from wave_proxy.state.identities import AccessToken, AccessTokens, is_ours
-
-DEFAULT_ENDPOINT = "https://api.cloud.seqera.io"
-
-# Hosts of former names of the Platform. Source: ``wave.md`` §4.2.
-_RENAMED = {"/api.tower.nf": "/api.cloud.seqera.io", "/api.stage-tower.net": "/api.cloud.stage-seqera.io"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +23,10 @@ class Claims:
 
 def claims_of(body: Claiming, workflow_id: str | None = None) -> Claims:
     """The claims in a request's body, with the Platform's endpoint as it is called today."""
-    endpoint = body.tower_endpoint or DEFAULT_ENDPOINT
-    for old, new in _RENAMED.items():
-        endpoint = endpoint.replace(old, new)
     return Claims(
         body.tower_access_token or "",
         body.tower_refresh_token or "",
-        endpoint,
+        known_endpoint(body.tower_endpoint or ""),
         body.tower_workspace_id,
         workflow_id or "",
     )

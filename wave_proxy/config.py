@@ -437,6 +437,13 @@ class PlatformSettings(_Section):
     )
     aws_secret_key: SecretStr = Field(SecretStr(""), description="The secret of that access key.")
     aws_url: str = Field("", description="Where Amazon's ECR and STS are reached; empty: by their own addresses.")
+    run_lifetime: Duration = Field(
+        1200.0, description="How long a token lives that a workflow's run has asked for, once the run is over."
+    )
+    run_max_lifetime: Duration = Field(
+        2 * 86400.0, description="How long it lives at most, however long its run goes on."
+    )
+    run_check: Duration = Field(180.0, description="How often a Platform is asked whether the run goes on.")
     patience: Duration = Field(
         15.0, description="So long a Platform that does not answer is asked again, before the request fails."
     )
