@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 from api.containers import Containers
 from api.endpoints import route_of
 from api.pages.assets import Assets
+from api.pages.reference import ReferencePage
 from api.reference import Reference
 from api.replies import framework_error, json_reply
 from api.service import Health, favicon, landing, robots, service_info
@@ -38,6 +39,7 @@ def create_app(
             *containers.routes,
             *(route for endpoints in others for route in endpoints.routes),
             *reference.routes,
+            *ReferencePage(lambda: reference.document).routes,
             *Assets().routes,
             *map(route_of, (service_info, Health(check_state).show, robots, favicon, landing)),
         ],

@@ -55,6 +55,7 @@ _TOKEN = compile_pattern(r"[0-9a-f]{32}")
 _CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
 
 _GROUP = "Containers"
+_EXAMPLE = {"containerImage": "docker.io/library/busybox:latest", "containerConfig": {"env": ["GREETING=hello"]}}
 _SUBMIT = {**ASKING_UPSTREAM, 501: NOT_HERE}
 _MISSING = Answer("The token is unknown, or its record is not kept any more.", Message)
 
@@ -112,6 +113,7 @@ class Containers:
             **_SUBMIT,
         },
         body=Submission,
+        example=_EXAMPLE,
         login="token",
     )
     async def submit(self, request: Request) -> Response:
@@ -128,6 +130,7 @@ class Containers:
         _GROUP,
         {200: Answer("The image to pull.", SubmittedLegacy), **_SUBMIT},
         body=Submission,
+        example=_EXAMPLE,
         login="token",
         deprecated=True,
     )

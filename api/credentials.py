@@ -20,11 +20,12 @@ _ANSWERS = {200: Answer("Whether the registry takes them.", bool)} | {
 
 
 class CredentialsSpec(Wire):
-    """A registry, by its host or its URL, and a user there."""
+    """A registry, and a user there."""
 
     user_name: Filled
     password: Filled = Field(repr=False)
     registry: Filled
+    """Its host, or its URL."""
 
 
 class LegacyCredentialsSpec(Wire):

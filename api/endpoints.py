@@ -53,8 +53,9 @@ class Answer:
 class Endpoint:
     """One method of one path, under the heading ``group``.
 
-    ``body`` is the JSON that it takes. ``login``: ``account`` is one of ``[accounts]`` by Basic authentication, which
-    it refuses to do without; ``token`` is an access token, which may also stand in the body, or nowhere.
+    ``body`` is the JSON that it takes, ``example`` such a document. ``login``: ``account`` is one of ``[accounts]`` by
+    Basic authentication, which it refuses to do without; ``token`` is an access token, which may also stand in the
+    body, or nowhere.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Endpoint:
     answers: Mapping[int, Answer]
     parameters: tuple[Parameter, ...] = ()
     body: type[BaseModel] | None = None
+    example: Mapping[str, Any] | None = None
     login: Login = ""
     deprecated: bool = False
 

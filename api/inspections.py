@@ -36,9 +36,10 @@ _SHOWN_INDEX_CHARS = 2000
 
 
 class InspectSpec(Claiming):
-    """The body of a request for inspection."""
+    """What to inspect."""
 
     container_image: Text = None
+    """The image, such as `docker.io/library/ubuntu:24.04`."""
 
 
 class Inspections:
@@ -72,6 +73,7 @@ class Inspections:
         {200: Answer("The image or the index.", Inspected), **ASKING_UPSTREAM},
         parameters=(Parameter("platform", "Of an index: the image for this platform, such as `linux/arm64`."),),
         body=InspectSpec,
+        example={"containerImage": "docker.io/library/busybox:latest"},
         login="token",
     )
     async def inspect(self, request: Request) -> Response:

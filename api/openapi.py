@@ -121,8 +121,10 @@ def _operation(one: Described, schemas: _Found) -> dict[str, Any]:
     if parameters := [_parameter(parameter) for parameter in _parameters(endpoint)]:
         operation["parameters"] = parameters
     if endpoint.body:
-        content = {JSON: {"schema": schemas[(endpoint.body, "validation")]}}
-        operation["requestBody"] = {"required": True, "content": content}
+        content: dict[str, Any] = {"schema": schemas[(endpoint.body, "validation")]}
+        if endpoint.example:
+            content["example"] = dict(endpoint.example)
+        operation["requestBody"] = {"required": True, "content": {JSON: content}}
     operation["responses"] = {
         str(status): _response(answer, schemas) for status, answer in answers_of(endpoint).items()
     }

@@ -34,10 +34,11 @@ class Reference:
         return Response(self._content, media_type=JSON)
 
     @cached_property
-    def _document(self) -> Document:
+    def document(self) -> Document:
+        """The document."""
         handlers = [route.endpoint for route in self._routes if isinstance(route, Route) and declared(route.endpoint)]
         return document(map(describe, handlers), self._public_url)
 
     @cached_property
     def _content(self) -> bytes:
-        return orjson.dumps(self._document)
+        return orjson.dumps(self.document)

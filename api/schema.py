@@ -209,7 +209,9 @@ ImageName = Annotated[str, _rule(_check_image_name)]
 class Wire(BaseModel):
     """An object on the wire."""
 
-    model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="ignore", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 _W = TypeVar("_W", bound=Wire)
@@ -219,9 +221,14 @@ class LayerSpec(Wire):
     """A layer to add, or a build context."""
 
     location: Annotated[str, AfterValidator(_check_place)]
+    """Where the gzipped tar is: its base64 behind `data:`, an address with `http://` or `https://`, or a blob as
+    `docker://<registry>/v2/<repository>/blobs/<digest>`."""
     gzip_digest: Digest
+    """The SHA-256 digest of the gzipped tar: `sha256:<64 hex digits>`."""
     gzip_size: Annotated[Number, Field(gt=0, le=MAX_BLOB_BYTES)]
+    """The size of the gzipped tar in bytes."""
     tar_digest: Digest
+    """The SHA-256 digest of the tar that is in it."""
 
     @model_validator(mode="after")
     def _is_one_blob(self) -> Self:
@@ -239,10 +246,15 @@ class ConfigSpec(Wire):
     """Settings and layers to put into the image."""
 
     entrypoint: Arguments = None
+    """The entrypoint, word by word."""
     cmd: Arguments = None
+    """The command, word by word."""
     env: Annotated[list[Annotated[str, _rule(_check_variable)]], _LISTED] | None = None
+    """Variables to set, as `NAME=value`."""
     working_dir: Annotated[Annotated[str, _rule(_check_setting)] | None, _ABSENT] = None
+    """The folder that a container starts in."""
     layers: Annotated[list[LayerSpec], Field(max_length=MAX_LAYERS), _LISTED] | None = None
+    """Layers to put on top, the lowest first."""
 
     def to_config(self) -> ContainerConfig:
         """The settings in the words of the domain; false when nothing is set."""
@@ -259,86 +271,136 @@ class CondaOptions(Wire):
     """How Conda images are built."""
 
     mamba_image: Text = None
+    """The image that has Micromamba."""
     commands: Texts = None
+    """Lines to add to the container file."""
     base_packages: Text = None
+    """Packages that every image gets."""
     base_image: Text = None
+    """The image of the last stage, for templates with several."""
 
 
 class PixiOptions(Wire):
     """How Conda images are built with Pixi."""
 
     pixi_image: Text = None
+    """The image that has Pixi."""
     commands: Texts = None
+    """Lines to add to the container file."""
     base_packages: Text = None
+    """Packages that every image gets."""
     base_image: Text = None
+    """The image of the last stage."""
 
 
 class CranOptions(Wire):
     """How R images are built."""
 
     r_image: Text = None
+    """The image that has R."""
     commands: Texts = None
+    """Lines to add to the container file."""
     base_packages: Text = None
+    """Packages of its system that every image gets."""
 
 
 class PackagesSpec(Wire):
     """Packages to build an image from."""
 
     type: Literal["CONDA", "CRAN"] | None = None
+    """Whose packages they are."""
     environment: Annotated[Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT] = None
+    """A Conda environment file, in base64: instead of `entries`."""
     entries: Texts = None
+    """Names of packages, with versions if they matter; for Conda also the address of a lock file."""
     channels: Texts = None
+    """Conda channels or CRAN repositories."""
     conda_opts: CondaOptions | None = None
+    """How Conda images are built."""
     pixi_opts: PixiOptions | None = None
+    """How images are built with Pixi."""
     cran_opts: CranOptions | None = None
+    """How R images are built."""
 
 
 class Compression(Wire):
     """How built layers are compressed."""
 
     mode: Literal["gzip", "estargz", "zstd"] | None = None
+    """How the layers of the image are compressed."""
     level: Number | None = None
+    """How hard: the more, the smaller and slower."""
     force: bool | None = None
+    """Whether layers that are compressed in another way are compressed anew."""
 
 
 class Claiming(Wire):
-    """A body that says who asks."""
+    """What says who asks."""
 
     tower_access_token: Annotated[Text, Field(repr=False)] = None
+    """A token of the Platform, or one that this server's operator has issued."""
     tower_refresh_token: Annotated[Text, Field(repr=False)] = None
+    """What a new token of the Platform is got with, when the other has ended."""
     tower_endpoint: Text = None
+    """The API of the Platform that knows the token. Default: `https://api.cloud.seqera.io`."""
     tower_workspace_id: Annotated[Number | None, _ABSENT] = None
+    """The workspace whose credentials of registries count. Default: the user's own."""
 
 
 class Submission(Claiming):
-    """The body of both POST endpoints. Rules over several members are in ``api.rules``."""
+    """A container request."""
+
+    # Rules over several members are in api.rules.
 
     mirror: bool | None = None  # before buildRepository, whose rules depend on it
+    """Whether the image is to be copied to `buildRepository`, with all its platforms and digests."""
     container_image: Annotated[ImageName | None, _ABSENT] = None
+    """The image to serve, such as `docker.io/library/ubuntu:24.04`. With `packages`: the one that they go on top of."""
     container_file: Annotated[
         Annotated[str, _size_rule("Container", MAX_CONTAINER_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
     ] = None
+    """A container file (Dockerfile) to build, in base64."""
     container_config: ConfigSpec | None = None
+    """Settings and layers to put into the image."""
     conda_file: Annotated[
         Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
     ] = None
+    """Deprecated: `packages.environment` takes its place."""
     container_platform: Annotated[Annotated[str, _rule(_check_platform)] | None, _ABSENT] = None
+    """What it is for, such as `linux/amd64`; for builds two, joined by a comma. Default: all that an image has,
+    and `linux/amd64` for what is built."""
     build_repository: Text = None
+    """Where a built or mirrored image goes. Default: the operator's."""
     cache_repository: Annotated[Annotated[str, _rule(_check_cache_repository)] | None, _ABSENT] = None
+    """Where layers of builds are kept to be used again."""
     timestamp: Text = None
+    """When the client has asked, as ISO-8601 with an offset."""
     fingerprint: Text = None
+    """A text that the client knows the request by."""
     freeze: bool | None = None
+    """Whether the image is to stay, under a name of its own in `buildRepository`."""
     build_context: LayerSpec | None = None
+    """The files that a container file can use."""
     format: Text = None
+    """`docker`, or `sif` for a Singularity image."""
     dry_run: bool | None = None
+    """Whether only names are wanted: nothing is built."""
     workflow_id: Text = None
+    """The run of the Platform that the request is for: the token works as long as that runs."""
     container_includes: Annotated[list[ImageName], AfterValidator(_check_includes), _LISTED] | None = None
+    """Images whose layers go on top of the image."""
     packages: PackagesSpec | None = None
+    """Packages to build an image from."""
     name_strategy: Literal["none", "tagPrefix", "imageSuffix"] | None = None
+    """Where the names of the packages show in the name of a built image."""
     scan_mode: Literal["none", "async", "required"] | None = None
+    """Whether the image is scanned, and whether the request succeeds only with that."""
     scan_levels: Annotated[list[Literal["LOW", "MEDIUM", "HIGH", "CRITICAL"]], _LISTED] | None = None
+    """Severities that a required scan may find."""
     build_compression: Compression | None = None
+    """How the layers of a built image are compressed."""
     build_template: Text = None
+    """The template of the container file for packages, such as `conda/pixi:v1`."""
 
     @field_validator("build_repository")
     @classmethod

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from api.pages.assets import asset
@@ -60,6 +61,16 @@ def message(title: str, text: str, status: int = 200) -> HTMLResponse:
     return page("message.html", title, text=text, status=status)
 
 
+def _marked(text: str) -> Markup:
+    """Paragraphs of a text that marks code with backticks."""
+    return Markup("").join(Markup("<p>{}</p>").format(_inline(part)) for part in text.split("\n\n") if part.strip())
+
+
+def _inline(text: str) -> Markup:
+    parts = enumerate(text.split("`"))
+    return Markup("").join(Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in parts)
+
+
 _environment = Environment(
     loader=PackageLoader("api.pages"),
     autoescape=True,
@@ -68,4 +79,4 @@ _environment = Environment(
     lstrip_blocks=True,
 )
 _environment.globals["asset"] = asset
-_environment.filters["readable"] = readable
+_environment.filters |= {"readable": readable, "marked": _marked}

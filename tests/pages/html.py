@@ -66,7 +66,7 @@ def read_page(answer: Response) -> Page:
             continue
         for name in ("src", "href", "action"):
             address = attributes.get(name, "/")
-            assert address.startswith("/"), (tag, attributes)
+            assert address.startswith(("/", "#")), (tag, attributes)
             assert not address.startswith("//"), (tag, attributes)
         if tag == "script":
             assert attributes["src"].startswith("/assets/")
