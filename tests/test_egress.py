@@ -116,6 +116,7 @@ def test_endpoint_that_is_no_address(url: str) -> None:
         "http://a\\b/",
         "http://h%00/",
         "http://[::1/",
+        "http://[]@",
     ],
 )
 def test_urls_refused(text: str) -> None:

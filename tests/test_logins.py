@@ -169,6 +169,7 @@ async def test_the_service_is_named_to_the_token_service(upstream: Start) -> Non
         ("quay io", "Invalid registry hostname"),
         ("quay.io:99999", "Invalid registry hostname"),
         ("\0", "Invalid registry hostname"),
+        ("[]@", "Invalid registry hostname"),
     ],
 )
 async def test_what_is_not_asked(registry: str, message: str) -> None:

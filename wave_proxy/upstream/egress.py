@@ -156,7 +156,7 @@ def parse_url(text: str, base: URL | None = None) -> URL:
         host, port = url.raw_host, url.port
         if url.scheme in ("http", "https") and host and port and _HOST.fullmatch(host) and "@" not in url.raw_authority:
             return url
-    except ValueError:
+    except (ValueError, IndexError):  # yarl's, for brackets without a host
         pass
     raise UpstreamError(f"{clip(text.partition('?')[0])} is not an http(s) address without user and password")
 
