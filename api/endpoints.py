@@ -105,6 +105,10 @@ LOGIN: Mapping[int, Answer] = {
 ASKING_UPSTREAM: Mapping[int, Answer] = {
     400: INVALID,
     401: Answer("The access token is not valid.", headers=_CHALLENGE),
+    403: Answer("A Platform refuses this user. Its other errors are handed on as well.", Message),
+    404: Answer("A Platform does not know what is asked of it.", Message),
+    408: Answer("A Platform does not answer in time.", Message),
+    412: Answer("A Platform gives no new token for one that has expired.", Message),
     413: Answer("The body is larger than `[http] max_body_bytes`.", Message),
     429: Answer("A limit is reached, ours or that of an upstream registry.", Message, headers=_LATER),
     502: Answer("An upstream registry's answer can't be used.", Message),

@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.redis_faults import durable_redis
+from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.platform import PlatformCall, PlatformReply
 from wave_proxy.state.channel import Channel, NoSession
 from wave_proxy.state.redis import cancel, connect
@@ -114,3 +116,23 @@ async def test_odd_replies_are_dropped(redis_url: str) -> None:
             for reply in ({}, {"msgId": "none", "status": 200}, {"msgId": 3}):
                 await far.session.answer(reply)
             assert (await here.call(ENDPOINT, CALL)).status == 200
+
+
+async def test_calls_go_on_when_redis_comes_back() -> None:
+    async with (
+        durable_redis() as server,
+        channel(server.url) as here,
+        channel(server.url) as there,
+        session(there, Far("x")),
+    ):
+        assert (await here.call(ENDPOINT, CALL)).status == 200
+        server.stop()
+        with pytest.raises(StateUnavailable):
+            await here.call(ENDPOINT, CALL)
+        await server.start()
+        async with asyncio.timeout(20):
+            while True:
+                with suppress(StateUnavailable, NoSession, TimeoutError):
+                    assert (await here.call(ENDPOINT, CALL)).status == 200
+                    break
+                await asyncio.sleep(0.05)

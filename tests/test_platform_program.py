@@ -211,11 +211,13 @@ def test_what_is_begun_goes_on_without_the_platform(scene: Scene) -> None:
 
 
 @pytest.mark.skipif(not has_distribution(), reason="needs the program docker-registry")
-def test_a_mirror_is_pushed_with_the_users_own_credentials(scene: Scene) -> None:
+def test_a_private_image_is_mirrored_with_the_users_own_credentials_at_both_ends(scene: Scene) -> None:
     secret = {"discriminator": "container-reg", "userName": "user", "password": "secret"}
     entry = {"id": "c2", "user": GIL, "workspace": 12, "provider": "container-reg", "registry": scene.target}
-    scene.platform.tell(credentials={"c2": {**entry, "secret": secret}})
-    answer = scene.post("tok-gil", "lib/app:v1", mirror=True, buildRepository=f"{scene.target}/mirrors")
+    private = {"discriminator": "container-reg", "userName": USER, "password": PASSWORD}
+    source = {**entry, "id": "c3", "registry": scene.private.address, "secret": private}
+    scene.platform.tell(credentials={"c2": {**entry, "secret": secret}, "c3": source})
+    answer = scene.post("tok-gil", "lab/app:v1", mirror=True, buildRepository=f"{scene.target}/mirrors")
     assert answer.status == 200, answer.body
     path = f"/v1alpha1/mirrors/{answer.json()['buildId']}"
     deadline = monotonic() + 30

@@ -1,7 +1,9 @@
 """Endpoints of Platforms, and under which names pairings and refreshed tokens are kept."""
 
 import pytest
+from pydantic import ValidationError
 
+from wave_proxy.config import PlatformSettings
 from wave_proxy.image.platform import is_endpoint, known_endpoint, matches_endpoint, pairing_key, session_key
 
 CLOUD = "https://api.cloud.seqera.io"
@@ -65,3 +67,23 @@ def test_other_texts_are_none(text: str) -> None:
 )
 def test_patterns_never_reach_over_a_slash(endpoint: str, pattern: str, fits: bool) -> None:
     assert matches_endpoint(endpoint, ("https://other", pattern)) is fits
+
+
+WRONG = {
+    "no-endpoints": ({"pairing_token": "x"}, "enabled needs endpoints"),
+    "no-token": ({"endpoints": [CLOUD]}, "enabled needs pairing_token: without one anybody"),
+    "no-address": ({"endpoints": ["foo"], "pairing_token": "x"}, "'foo' is not an address"),
+    "any-host": ({"endpoints": ["https://*"], "pairing_token": "x"}, "is not an address"),
+}
+
+
+@pytest.mark.parametrize(("table", "message"), WRONG.values(), ids=WRONG)
+def test_pairing_is_not_switched_on_by_halves(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PlatformSettings.model_validate({"enabled": True, **table})
+
+
+@pytest.mark.parametrize("more", [{"pairing_token": "x"}, {"open_pairing": True}], ids=["token", "open"])
+def test_pairing_takes_a_token_or_the_operators_word_that_it_needs_none(more: dict[str, object]) -> None:
+    settings = PlatformSettings.model_validate({"enabled": True, "endpoints": [f"{CLOUD}/"], **more})
+    assert settings.endpoints == (CLOUD,)

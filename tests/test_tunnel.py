@@ -104,14 +104,15 @@ async def test_what_one_side_does_not_take_the_other_can_not_send(sender: str, t
         other.close()
 
 
-async def test_only_so_many_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel, "MAX_TUNNELS", 2)
+@pytest.mark.parametrize("limit", ["MAX_TUNNELS", "MAX_OF_CLIENT"])
+async def test_only_so_many_are_open_at_once(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, limit, 2)
     async with tunnelling(tmp_path) as (place, api):
         ends = [await opened(place, api) for _ in range(2)]
         reader, writer = await place.connect()
         writer.write(ASK)
         refused = await read_answer(reader)
-        assert (refused.status, refused.body[:2]) == (503, b"2 ")
+        assert (refused.status, refused.body[:2]) == (503, b"to")
         (_, first), (there, back) = ends[0]
         first.close()
         assert await there.read() == b""
@@ -165,8 +166,9 @@ async def test_a_refusal_of_the_api_is_an_answer(tmp_path: Path) -> None:
         ASK.replace(b"/pairing/", b"/x/../pairing/"),
         ASK.replace(b"Upgrade: WebSocket", b"Upgrade: h2c"),
         ASK.replace(b"keep-alive, Upgrade", b"keep-alive"),
+        ASK.replace(b"HTTP/1.1", b"HTTP/1.0"),
     ],
-    ids=["another-path", "a-path-that-leads-there", "another-protocol", "no-connection-upgrade"],
+    ids=["another-path", "a-path-that-leads-there", "another-protocol", "no-connection-upgrade", "http-1.0"],
 )
 async def test_elsewhere_an_upgrade_is_not_handed_on(ask: bytes, tmp_path: Path) -> None:
     plain = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nplain"

@@ -660,7 +660,7 @@ def receive() -> Settings:
     return load(Path(config_file) if config_file else None, {})
 
 
-_SECRET_KEYS = ("password", "redis_url", "accounts", "secret", "token")
+_SECRET_KEYS = ("password", "redis_url", "accounts", "secret", "pairing_token")
 
 
 def _explain(error: Any) -> str:

@@ -343,7 +343,7 @@ class Connection(asyncio.Protocol):
                 self._framing = b"%b: %b" % (key, value)
             if key == b"content-length" and int(value) > most:
                 self._body.fail(BodyTooLarge(f"the request's body is over the limit of {most} bytes"))
-        if not self._framing and self._wants_websocket():
+        if not self._framing and not request.http_1_0 and self._wants_websocket():
             request.rest = Body(self, _NO_LIMIT, TUNNEL_IDLE_S, False)
         self._headers = []  # trailers, which nobody asked for, are none of the request's headers
         if self._ready is not None and not self._framing and not request.malformed and self._may_answer_now():

@@ -1,6 +1,7 @@
 """WebSockets to the api: a connection that goes through as it is, both ways, once the api has agreed to it."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -9,6 +10,7 @@ from wave_proxy.serve.messages import Body, Reply, Request
 from wave_proxy.upstream.egress import unix_connection
 
 MAX_TUNNELS = 64  # at once, of one worker
+MAX_OF_CLIENT = 16  # of these, from one address: who is not let in must not keep others out
 _PREFIX = "/pairing/"
 _ANSWER_S = 30.0
 _READ_BYTES = 1 << 16
@@ -21,7 +23,7 @@ class Tunnels:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._open = 0
+        self._open: Counter[str] = Counter()  # by the client's address
 
     def lead_to(self, target: str) -> bool:
         """Whether a WebSocket may be opened there: for all else the wish to is ignored."""
@@ -32,31 +34,38 @@ class Tunnels:
 
         Raises Overloaded when too many are open, UpstreamUnavailable when the api does not answer.
         """
-        if self._open >= MAX_TUNNELS:
-            raise Overloaded(f"{MAX_TUNNELS} WebSockets are open here, and no more are taken; try again later")
-        self._open += 1
+        if self._open.total() >= MAX_TUNNELS or self._open[request.client] >= MAX_OF_CLIENT:
+            raise Overloaded("too many WebSockets are open here, and no more are taken; try again later")
+        self._open[request.client] += 1
         try:
             reader, writer = await unix_connection(self._path)
-        except OSError as err:
-            self._open -= 1
+        except BaseException as err:
+            self.forget(request.client)
+            if not isinstance(err, OSError):
+                raise
             raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
-        tunnel = _Tunnel(self, reader, writer, rest)
+        tunnel = _Tunnel(self, request.client, reader, writer, rest)
         try:
             return await tunnel.ask(request, headers)
         except BaseException:
             await tunnel.aclose()
             raise
 
-    def forget(self) -> None:
-        """One of them is closed."""
-        self._open -= 1
+    def forget(self, client: str) -> None:
+        """One from that address is closed."""
+        self._open[client] -= 1
+        if not self._open[client]:
+            del self._open[client]
 
 
 class _Tunnel:
     """One connection to the api."""
 
-    def __init__(self, owner: Tunnels, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rest: Body) -> None:
+    def __init__(
+        self, owner: Tunnels, client: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rest: Body
+    ) -> None:
         self._owner = owner
+        self._client = client
         self._reader = reader
         self._writer = writer
         self._rest = rest
@@ -94,7 +103,7 @@ class _Tunnel:
     async def aclose(self) -> None:
         """Close the connection to the api."""
         sender, self._sender = self._sender, None
-        self._owner.forget()
+        self._owner.forget(self._client)
         self._writer.close()
         if sender is not None:
             sender.cancel()
