@@ -307,7 +307,7 @@ class CranOptions(Wire):
 class PackagesSpec(Wire):
     """Packages to build an image from."""
 
-    type: Literal["CONDA", "CRAN"] | None = None
+    type: Annotated[Literal["CONDA", "CRAN"] | None, _ABSENT] = None
     """Whose packages they are."""
     environment: Annotated[Annotated[str, _size_rule("Conda", MAX_CONDA_FILE_CHARS)] | None, _ABSENT] = None
     """A Conda environment file, in base64: instead of `entries`."""
@@ -326,7 +326,7 @@ class PackagesSpec(Wire):
 class Compression(Wire):
     """How built layers are compressed."""
 
-    mode: Literal["gzip", "estargz", "zstd"] | None = None
+    mode: Annotated[Literal["gzip", "estargz", "zstd"] | None, _ABSENT] = None
     """How the layers of the image are compressed."""
     level: Number | None = None
     """How hard: the more, the smaller and slower."""
@@ -391,9 +391,9 @@ class Submission(Claiming):
     """Images whose layers go on top of the image."""
     packages: PackagesSpec | None = None
     """Packages to build an image from."""
-    name_strategy: Literal["none", "tagPrefix", "imageSuffix"] | None = None
+    name_strategy: Annotated[Literal["none", "tagPrefix", "imageSuffix"] | None, _ABSENT] = None
     """Where the names of the packages show in the name of a built image."""
-    scan_mode: Literal["none", "async", "required"] | None = None
+    scan_mode: Annotated[Literal["none", "async", "required"] | None, _ABSENT] = None
     """Whether the image is scanned, and whether the request succeeds only with that."""
     scan_levels: Annotated[list[Literal["LOW", "MEDIUM", "HIGH", "CRITICAL"]], _LISTED] | None = None
     """Severities that a required scan may find."""

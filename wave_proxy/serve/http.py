@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from re import IGNORECASE
+from re import compile as compile_pattern
 from typing import cast
 
 import httptools
@@ -32,6 +34,7 @@ TUNNEL_IDLE_S = 300.0  # a client that has gone on with something else than HTTP
 LINGER_S = 5.0  # a client that is still sending when it was answered may do so for this long, unread
 
 _BODILESS = frozenset({204, 304})
+_ABSOLUTE = compile_pattern(r"https?://[^/?#]*", IGNORECASE)
 _NO_LIMIT = 1 << 62
 
 
@@ -322,7 +325,7 @@ class Connection(asyncio.Protocol):
         if self._reframing:
             return
         expects = any(key == b"expect" and value.lower() == b"100-continue" for key, value in self._headers)
-        method, target = self._parser.get_method().decode("ascii"), self._target.decode("latin-1")
+        method, target = self._parser.get_method().decode("ascii"), _origin_form(self._target.decode("latin-1"))
         most = self._limits.max_body_bytes if method == "GET" else self._server.body_limit(method, target)
         self._body = Body(self, most, self._limits.idle_timeout_s, expects)
         request = Request(
@@ -521,3 +524,12 @@ class Connection(asyncio.Protocol):
         if self._drained is not None:
             async with asyncio.timeout(self._limits.write_timeout_s):
                 await asyncio.shield(self._drained)
+
+
+def _origin_form(target: str) -> str:
+    """A target without the scheme and host that clients may put before it. Source: RFC 9112 §3.2.2."""
+    found = _ABSOLUTE.match(target)
+    if found is None:
+        return target
+    path = target[found.end() :]
+    return path if path.startswith("/") else f"/{path}"
