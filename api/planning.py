@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, replace
 
 from api.freeze import base_of, entrypoint_of, frozen
+from api.ingredients import Ingredients
 from api.inspection import explained, fetch_entrypoint
 from api.naming import cache_repository, container_id, target_image
 from api.recipes import recipe_for
@@ -20,6 +21,7 @@ from wave_proxy.errors import (
 )
 from wave_proxy.image.build import BuildSpec, Compression, Compressor, Format
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
+from wave_proxy.image.private import private_folder, private_repository
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity
 from wave_proxy.state.tokens import TokenStore
@@ -58,6 +60,7 @@ class Planner:
         self._registries = registries
         self._tokens = tokens
         self._defaults = defaults
+        self._ingredients = Ingredients(registries, tokens, defaults.local.partition("/")[0])
 
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to build for a request; of ``wanted``, what the submission does not say by itself.
@@ -72,8 +75,25 @@ class Planner:
         text = recipe.container_file
         if request.freeze:
             text = await self._freeze(text, request.container_image or "", baked, platforms[0], kind, wanted.identity)
-        repository = request.build_repository or self._defaults.repository
         context = request.build_context.to_layer() if request.build_context else None
+        draft = BuildSpec(
+            container_id="",
+            target_image="",
+            container_file=text,
+            conda_file=recipe.conda_file,
+            context=context,
+            layers=baked.layers,
+            platform=platform,
+            format=kind,
+            compression=self._compression(request),
+            template=recipe.template,
+            freeze=bool(request.freeze),
+            timeout_s=self._defaults.timeout_s,
+            identity=wanted.identity,
+            ip_address=wanted.ip_address,
+        )
+        is_private = await self._ingredients.are_private(draft)
+        repository = self._repository(request, wanted.identity, is_private=is_private)
         # In a thread: layers that the request itself carries are megabytes to hash.
         name = await asyncio.to_thread(
             container_id,
@@ -86,24 +106,25 @@ class Planner:
             included=wanted.config.layers[len(request.config.layers) :] if baked else (),
         )
         target = target_image(repository, name, recipe.conda_file, request.name_strategy)
-        return BuildSpec(
+        return replace(
+            draft,
             container_id=name,
             target_image=str(parse_reference(target)),
-            container_file=text,
-            conda_file=recipe.conda_file,
-            context=context,
-            layers=baked.layers,
-            platform=platform,
-            format=kind,
             build_repository=repository,
-            cache_repository=self._cache_repository(request),
-            compression=self._compression(request),
-            template=recipe.template,
-            freeze=bool(request.freeze),
-            timeout_s=self._defaults.timeout_s,
-            identity=wanted.identity,
-            ip_address=wanted.ip_address,
+            cache_repository=self._cache_repository(request, is_private=is_private),
         )
+
+    def _repository(self, request: Submission, identity: Identity, *, is_private: bool) -> str:
+        asked, local = request.build_repository or "", self._defaults.local
+        if not is_private:
+            return asked or self._defaults.repository
+        own = private_folder(local, identity.key)
+        if asked and f"{asked}/".startswith(f"{local}/") and not f"{asked}/".startswith(f"{own}/"):
+            raise RequestInvalid(
+                f"buildRepository: the image is made of private ones, and on this server begins with {own}, "
+                f"got {clip(asked)}"
+            )
+        return asked or private_repository(local, identity.key)
 
     async def keep(self, spec: BuildSpec) -> BuildSpec:
         """The spec with its inline layers and context kept apart, for the builder to find, and the user's own logins.
@@ -151,11 +172,13 @@ class Planner:
         named = str(parse_reference(image)) if image else ""
         return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
 
-    def _cache_repository(self, request: Submission) -> str:
+    def _cache_repository(self, request: Submission, *, is_private: bool) -> str:
         asked, local = request.cache_repository or "", self._defaults.local
         # A build itself writes there, so it must not be where others' images are.
         if local and f"{asked}/".startswith(f"{local}/") and not f"{asked}/".startswith(f"{local}/cache/"):
             raise RequestInvalid(f"cacheRepository: a local one begins with {local}/cache, got {clip(asked)}")
+        if is_private:  # layers that are kept for others must not be those
+            return "" if local and f"{asked}/".startswith(f"{local}/") else asked
         return cache_repository(
             request.build_repository or "",
             request.cache_repository or "",

@@ -57,13 +57,21 @@ class Registries:
             return None
         return await self._platforms.find_login(identity, registry, repository)
 
+    async def is_guarded(self, identity: Identity, image: Reference) -> bool:
+        """Whether that user, or anybody else, reads ``image`` as not everybody may. Raises Denied, PlatformError."""
+        if self._check_local(identity, image) or self._credentials.is_restricted(image.registry, image.repository):
+            return True
+        login = await self.find_login(identity, image.registry, image.repository)
+        return not self.is_everybodys(login, image.registry, image.repository)
+
     def is_everybodys(self, login: Login | None, registry: str, repository: str) -> bool:
         """Whether anybody would read that repository as one does with that login."""
         return login == self._credentials.find(registry, repository)
 
-    def _check_local(self, identity: Identity, image: Reference) -> None:
+    def _check_local(self, identity: Identity, image: Reference) -> bool:
+        """Whether the image is in a local repository of that user's own. Raises Denied for one of another user."""
         name = f"{image.registry}/{image.repository}"
-        if name.startswith(self._local):
-            owner = owner_of(name.removeprefix(self._local))
-            if owner and owner != identity.key:
-                raise Denied(f"{name} holds private images of another user")
+        owner = owner_of(name.removeprefix(self._local)) if name.startswith(self._local) else ""
+        if owner and owner != identity.key:
+            raise Denied(f"{name} holds private images of another user")
+        return bool(owner)

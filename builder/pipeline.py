@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from builder.containerfile import base_images
 from builder.engines import Engine, Job
 from builder.failures import NOT_BUILT, BuildFailed, timed_out
 from builder.lending import Lending
@@ -14,6 +13,7 @@ from builder.work import Confirm, until_answered
 from builder.workspace import Workspace, Workspaces
 from wave_proxy.errors import RequestInvalid, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
+from wave_proxy.image.containerfile import base_images
 from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.upstream.credentials import Credentials, Login

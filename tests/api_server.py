@@ -1,7 +1,7 @@
 """Runs the REST application in this process, on a loopback port and a thread of its own."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from socket import socket
@@ -55,6 +55,7 @@ class ApiServer:
     registries are asked once.
 
     Builds are enabled with a ``build_repository`` for those whose request names none; nobody builds them here.
+    ``users`` restricts logins; ``own_url`` is what answers for our own images.
     """
 
     def __init__(
@@ -70,10 +71,14 @@ class ApiServer:
         quotas: Mapping[tuple[str, bool], Limit | None] | None = None,
         anonymous: bool = True,
         scans: bool = False,
+        users: Mapping[str, Sequence[str]] | None = None,
+        own_url: str = "",
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
-        self._logins = logins or {}
+        if own_url:
+            self._endpoints[AUTHORITY] = endpoint_for(AUTHORITY, url=own_url, insecure=True, allow_private=True)
+        self._credentials = Credentials(logins or {}, users)
         self._accounts = Accounts(accounts or {})
         self._max_body_bytes = max_body_bytes
         self._lifetime_s = lifetime_s
@@ -101,7 +106,7 @@ class ApiServer:
         redis = connect(self._redis_url)
         egress = Egress(self._endpoints, response_timeout_s=5.0)
         registry = Registry(egress, Credentials({}), attempts=1)
-        registries = Registries(registry, Credentials(self._logins))
+        registries = Registries(registry, self._credentials, f"{AUTHORITY}/local")
         identities = Identities(AccessTokens(redis), anonymous=self._anonymous)
         for close in (redis.aclose, egress.close, registry.close):
             stack.push_async_callback(close)

@@ -140,20 +140,20 @@ def pull_blob(
     return answer.body
 
 
-def push(address: str, repository: str, image: Image, *tags: str) -> None:
+def push(address: str, repository: str, image: Image, *tags: str, headers: Mapping[str, str] | None = None) -> None:
     """Push an image with all that it names; under its digest alone when there is no tag. Raises AssertionError."""
     for child in image.children:
-        push(address, repository, child)
+        push(address, repository, child, headers=headers)
     for blob in image.blobs:
-        started = http_request(address, "POST", f"/v2/{repository}/blobs/uploads/", body=b"")
+        started = http_request(address, "POST", f"/v2/{repository}/blobs/uploads/", body=b"", headers=headers)
         assert started.status == 202, f"POST uploads: {started.status} {started.body!r}"
         location = re.sub(r"https?://[^/]+", "", started.headers["Location"])
         location += f"{'&' if '?' in location else '?'}digest={blob.digest}"
-        sent = http_request(address, "PUT", location, body=blob.content)
+        sent = http_request(address, "PUT", location, body=blob.content, headers=headers)
         assert sent.status == 201, f"PUT blob: {sent.status} {sent.body!r}"
     for reference in tags or (image.digest,):
-        path, headers = f"/v2/{repository}/manifests/{reference}", {"Content-Type": image.media_type}
-        sent = http_request(address, "PUT", path, body=image.manifest, headers=headers)
+        path, typed = f"/v2/{repository}/manifests/{reference}", {"Content-Type": image.media_type, **(headers or {})}
+        sent = http_request(address, "PUT", path, body=image.manifest, headers=typed)
         assert sent.status == 201, f"PUT {path}: {sent.status} {sent.body!r}"
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.containerfile import Instruction, base_images, instructions, substitute
 from wave_proxy.errors import RequestInvalid
+from wave_proxy.image.containerfile import Instruction, base_images, instructions, substitute
 
 
 @pytest.mark.parametrize(

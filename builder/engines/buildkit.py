@@ -13,13 +13,13 @@ from json import dumps
 from pathlib import Path
 from tempfile import mkdtemp
 
-from builder.containerfile import base_images
 from builder.engines import EngineMissing, Job
 from builder.engines.registries import translate_auth
 from builder.failures import BuildFailed, classify, timed_out
 from builder.limits import Meter, Tail
 from wave_proxy.errors import RequestInvalid
 from wave_proxy.image.build import BuildSpec, Compression
+from wave_proxy.image.containerfile import base_images
 from wave_proxy.image.reference import DOCKER_HUB, Reference
 
 _LAYOUT = "layout"

@@ -92,7 +92,8 @@ class Resolver:
         if not route.token:
             official = route.registry == DOCKER_HUB and "/" not in route.repository
             repository = f"library/{route.repository}" if official else route.repository
-            if not self._anonymous:
+            is_local = route.registry == self._authority and repository.startswith(f"{LOCAL}/")
+            if not self._anonymous and not is_local:
                 raise Denied(
                     f"{route.registry}/{repository} is not pulled by its own name here: request the container with an "
                     "access token (towerAccessToken, or an Authorization header), and pull the name in the answer"

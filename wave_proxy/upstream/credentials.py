@@ -57,6 +57,15 @@ class Credentials:
             place = place.rpartition("/")[0]
         return None
 
+    def is_restricted(self, registry: str, repository: str) -> bool:
+        """Whether some login that fits the repository is for certain users only."""
+        place = f"{registry}/{repository}"
+        while place:
+            if place in self._users and place in self._logins:
+                return True
+            place = place.rpartition("/")[0]
+        return False
+
     def _is_for(self, place: str, user: str) -> bool:
         patterns = self._users.get(place)
         if patterns is None:
