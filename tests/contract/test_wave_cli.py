@@ -419,7 +419,12 @@ def test_a_connection_is_kept_for_all_of_a_run(service: Service) -> None:
         ),
         pytest.param({}, 400, "Specify either 'containerImage' or 'containerFile' attribute", id="nothing"),
         pytest.param({"containerImage": "ubuntu", "freeze": True}, 400, "`buildRepository` must be", id="freeze"),
-        pytest.param({"containerImage": "ubuntu", "mirror": True}, 400, "mirroring requires an authent", id="mirror"),
+        pytest.param(
+            {"containerImage": "ubuntu", "mirror": True, "buildRepository": "quay.io"},
+            400,
+            "mirroring requires an authenticated request",
+            id="mirror",
+        ),
     ],
 )
 def test_errors_are_short_json(cli: WaveCli, attributes: dict[str, Any], status: int, words: str) -> None:
