@@ -121,7 +121,9 @@ class Mirroring:
             raise _taken(spec, "is the mirror of another image")
         gone = known.build_id if known is not None and known.succeeded else ""
         logins = await self._registries.logins_for(spec.identity, parse_reference(spec.target_image))
-        record, is_new = await self._builds.submit(replace(spec, logins=logins), _admit, gone=gone)
+        record, is_new = await self._builds.submit(
+            replace(spec, source_digest=digest, logins=logins), _admit, gone=gone
+        )
         if record.spec.source_image != spec.source_image:
             raise _taken(spec, "is being mirrored from another image; try again when that has ended")
         if is_new:

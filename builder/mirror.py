@@ -62,7 +62,8 @@ class Mirrors:
         image, reader = parse_reference(spec.source_image), self._open_source()
         try:
             async with self._lending.lend(spec, image) as path:
-                place = Reference(self._lending.authority, path, image.reference)
+                # By digest: of a tag wave-proxy may know for a while what it was before.
+                place = Reference(self._lending.authority, path, spec.source_digest or image.reference)
                 lent, name = f"{place.registry}/{path}", f"{image.registry}/{image.repository}"
                 book.hide(lent, name)
                 with _named({lent: name, path: image.repository}):

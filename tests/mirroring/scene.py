@@ -1,6 +1,6 @@
 """The whole program with users, a registry to mirror from and one to mirror to; there is no engine for builds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +87,17 @@ class Scene:
 
 
 @contextmanager
-def open_scene(tmp: Path, config: str = "", **members: Any) -> Iterator[Scene]:
-    """Start everything, with distribution to mirror to. ``config`` is more TOML, ``members`` are of the source."""
+def open_scene(tmp: Path, config: str = "", more: Iterable[str] = (), **members: Any) -> Iterator[Scene]:
+    """Start everything, with distribution to mirror to. ``config`` is more TOML, ``members`` are of the source.
+
+    ``more`` are other registries.
+    """
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server(tmp))
         source = stack.enter_context(Upstream(**members))
         registry = stack.enter_context(distribution(tmp))
         target = stack.enter_context(Watched(registry))
-        known = (source.address, target.address)
+        known = (source.address, target.address, *more)
         wave = stack.enter_context(WaveProxy(tmp / "wave", config=CONFIG + config, upstreams=known, redis=redis))
         place = f"{target.address}/mirrors"
         yield Scene(wave, source, target, place, "mirrors/", issue(redis, "ada@site.test"))

@@ -43,8 +43,8 @@ class BuildSpec:
     the image is an index of one image each. ``cache_repository`` has no tag. ``epoch`` is
     the time that files and image get (epoch seconds), 0 for 1970.
 
-    A mirror copies ``source_image`` to ``target_image``. A scan looks at ``source_image``, which names the image by
-    digest where that was known, and is the ``target_image`` by the name that was asked for; ``made_by`` is the id of
+    A mirror copies ``source_image``, as it was with the digest ``source_digest``, to ``target_image``. A scan looks at
+    ``source_image``, which names the image by digest where that was known, and is the ``target_image`` by the name that was asked for; ``made_by`` is the id of
     the build or mirror that makes the image, and the platform may be empty: linux/amd64 then, or what there is.
     ``logins`` are those of the one who asked, as (registry, user, password): they go before the configured ones.
     """
@@ -68,6 +68,7 @@ class BuildSpec:
     ip_address: str = field(default="", repr=False)
     kind: Kind = "build"
     source_image: str = ""
+    source_digest: str = ""
     made_by: str = ""
     logins: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
 

@@ -41,7 +41,10 @@ READ_BUFFER_BYTES = 1 << 20
 # Each piece of a blob costs a change of threads and wakes who reads along.
 
 Body = bytes | Callable[[], AsyncIterable[bytes]]
-"""What a request carries: all of it, or what gives its pieces, anew for each time that it is sent."""
+"""What a request carries: all of it, or what gives its pieces, anew for each time that it is sent.
+
+A WaveError that the pieces raise is what the request raises.
+"""
 
 _STORE_TIMEOUT_S = 300.0  # object stores copy a large blob when it is complete
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -332,6 +335,7 @@ class Egress:
         there = self._endpoint_at(url, endpoint)
         policy = _Policy(there.allow_private, there.ca_file, there.proxy) if there else _Policy()
         sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
+        broken: list[WaveError] = []
         try:
             # aiohttp measures pauses; the sum of both limits ends a head that comes byte by byte.
             async with asyncio.timeout(self._connect_timeout_s + self._response_timeout_s) as limit:
@@ -339,26 +343,38 @@ class Egress:
                     method,
                     url,
                     headers=sent,
-                    data=self._moving(body(), limit) if callable(body) else body,
+                    data=self._moving(body(), limit, broken) if callable(body) else body,
                     timeout=self._timeout if body is None else self._sending_timeout,
                     allow_redirects=False,
                     proxy=policy.proxy or None,
                 )
         except (aiohttp.ClientError, OSError) as err:
-            raise self._translate(err, authority_of(url), there) from err
+            raise broken[0] if broken else self._translate(err, authority_of(url), there) from err
         self._limit_pauses(response)
         return response
 
-    async def _moving(self, body: AsyncIterable[bytes], limit: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
-        """The pieces of ``body``, each of which the other side has to take within the idle timeout."""
+    async def _moving(
+        self, body: AsyncIterable[bytes], limit: asyncio.Timeout, broken: list[WaveError]
+    ) -> AsyncGenerator[bytes, None]:
+        """The pieces of ``body``, each of which the other side has to take within the idle timeout.
 
-        def allow(pause_s: float) -> None:
+        What reading them raises is added to ``broken`` as well, since aiohttp takes it for a trouble of the connection.
+        How long reading them takes is for ``body`` to limit.
+        """
+
+        def allow(pause_s: float | None) -> None:
             with suppress(RuntimeError):  # the answer has come before all was sent
-                limit.reschedule(asyncio.get_running_loop().time() + pause_s)
+                limit.reschedule(None if pause_s is None else asyncio.get_running_loop().time() + pause_s)
 
-        async for chunk in body:
-            allow(self._idle_timeout_s)
-            yield chunk
+        try:
+            allow(None)
+            async for chunk in body:
+                allow(self._idle_timeout_s)
+                yield chunk
+                allow(None)
+        except WaveError as err:
+            broken.append(err)
+            raise
         allow(max(_STORE_TIMEOUT_S, self._response_timeout_s))
 
     def _session(self, policy: _Policy) -> aiohttp.ClientSession:

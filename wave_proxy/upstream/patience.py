@@ -12,7 +12,6 @@ T = TypeVar("T")
 _ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.25
 _MAX_PAUSE_S = 15.0
-_MAX_WAIT_S = 300.0  # who is told to come back later than that has more of telling so
 
 
 async def patiently(what: str, operation: Callable[[], Awaitable[T]], say: Callable[[str], None]) -> T:
@@ -25,9 +24,9 @@ async def patiently(what: str, operation: Callable[[], Awaitable[T]], say: Calla
         try:
             return await operation()
         except (UpstreamUnavailable, UpstreamTimeout, TooManyRequests) as err:
-            pause_s = _pause_s(err, attempt)
-            if attempt >= _ATTEMPTS or isinstance(err, Offline) or pause_s > _MAX_WAIT_S:
+            if attempt >= _ATTEMPTS or isinstance(err, Offline):
                 raise
+            pause_s = _pause_s(err, attempt)
             say(f"{what}: {err}; trying again in {pause_s:.1f} s")
         await asyncio.sleep(pause_s)
         attempt += 1
