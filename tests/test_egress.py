@@ -4,7 +4,7 @@ import asyncio
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bench.upstream import Faults, Upstream
 from tests.outgoing import answer, connections_in_use, egress_to, opened, scripted
 from wave_proxy.errors import (
     AddressRefused,
+    Denied,
     HostUnknown,
     Offline,
     TooManyRequests,
@@ -385,6 +386,27 @@ async def test_head_that_comes_byte_by_byte() -> None:
         async with egress_to(address, connect_timeout_s=0.1, response_timeout_s=0.1) as egress:
             with pytest.raises(UpstreamTimeout):
                 await egress.request("GET", f"http://{address}/")
+
+
+async def test_what_reading_the_body_raises_is_what_the_request_raises() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"begun"
+        raise Denied("the source has changed its mind")
+
+    ended = asyncio.Event()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        ended.set()
+
+    async with await asyncio.start_server(take, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with egress_to(address) as egress:
+            with pytest.raises(Denied, match="changed its mind"):
+                await egress.follow("PUT", f"http://{address}/", headers={"Content-Length": "9"}, body=body)
+        await ended.wait()
 
 
 async def test_body_that_stalls(upstream: Start) -> None:

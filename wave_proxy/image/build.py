@@ -44,9 +44,10 @@ class BuildSpec:
     the time that files and image get (epoch seconds), 0 for 1970.
 
     A mirror copies ``source_image``, as it was with the digest ``source_digest``, to ``target_image``. A scan looks at
-    ``source_image``, which names the image by digest where that was known, and is the ``target_image`` by the name that was asked for; ``made_by`` is the id of
-    the build or mirror that makes the image, and the platform may be empty: linux/amd64 then, or what there is.
-    ``logins`` are those of the one who asked, as (registry, user, password): they go before the configured ones.
+    ``source_image``, which names the image by digest where that was known, and is the ``target_image`` by the name that
+    was asked for; ``made_by`` is the id of the build or mirror that makes the image, and the platform may be empty:
+    linux/amd64 then, or what there is. ``logins`` are those of the one who asked, as (registry, user, password): they
+    go before the configured ones.
     """
 
     container_id: str
