@@ -264,7 +264,7 @@ def _platforms(
     stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
     transport = DirectTransport(egress, allow_private=platform.allow_private) if platform.direct else channel
     pairs = TokenPairs(redis)
-    client = PlatformClient(transport, pairs)
+    client = PlatformClient(transport, pairs, platform.endpoints)
     stack.push_async_callback(cancel, asyncio.create_task(Refreshing(pairs, client).run()))
     remembered = Remembered(Answers(redis, settings.tokens.max_lifetime), platform.patience)
     stack.push_async_callback(remembered.close)

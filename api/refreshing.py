@@ -6,7 +6,7 @@ from time import time
 
 import structlog
 
-from wave_proxy.errors import PlatformError, StateUnavailable
+from wave_proxy.errors import PairingMissing, PlatformError, StateUnavailable
 from wave_proxy.state.jwts import KeptPair, TokenPairs
 from wave_proxy.upstream.platform import PlatformClient
 
@@ -31,6 +31,8 @@ class Refreshing:
                 await self.refresh_due(time())
             except StateUnavailable:
                 continue
+            except Exception:
+                _log.exception("refreshing failed")
 
     async def refresh_due(self, now: float) -> None:
         """Refresh up to ten of the pairs that are due; one that fails is due again as if it had not."""
@@ -39,5 +41,5 @@ class Refreshing:
     async def _refresh(self, kept: KeptPair) -> None:
         try:
             await self._client.refresh(kept.endpoint, kept.token, kept.pair, 0.0)
-        except PlatformError as err:
+        except (PlatformError, PairingMissing) as err:
             _log.warning("a user's token was not refreshed", endpoint=kept.endpoint, error=str(err))

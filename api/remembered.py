@@ -13,7 +13,8 @@ from wave_proxy.state.answers import Answers
 _log = structlog.get_logger()
 
 _BRIEF_S = 0.0  # one attempt, where there is an answer to go on with
-_REST_S = 10.0  # so long a Platform that does not answer is not asked what can be answered without it
+_LEEWAY_S = 10.0  # beyond the patience: what one call takes, and one more after a refreshed token
+_REST_S = 30.0  # so long a Platform that does not answer is not asked what can be answered without it
 
 Fetch = Callable[[float], Awaitable[tuple[Any, float]]]
 """Asks a Platform, for up to so many seconds; returns its answer as JSON values, and for how many more it is fresh."""
@@ -50,7 +51,7 @@ class Remembered:
         if kept is not None and (kept.fresh_until > time() or self._resting.get(endpoint, 0.0) > monotonic()):
             return kept.value
         try:
-            value, fresh_s = await fetch(self._patience_s if kept is None else _BRIEF_S)
+            value, fresh_s = await _in_time(endpoint, fetch, self._patience_s if kept is None else _BRIEF_S)
         except (PlatformError, UpstreamUnavailable, UpstreamTimeout) as err:
             if _is_refusal(err):
                 await self._answers.drop(*key)
@@ -69,6 +70,14 @@ class Remembered:
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
+
+
+async def _in_time(endpoint: str, fetch: Fetch, patience_s: float) -> tuple[Any, float]:
+    try:
+        async with asyncio.timeout(patience_s + _LEEWAY_S):
+            return await fetch(patience_s)
+    except TimeoutError:
+        raise PlatformError(408, f"Timeout error connecting to '{endpoint}'") from None
 
 
 def _is_refusal(err: WaveError) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import structlog
 
-from wave_proxy.errors import PlatformError, StateUnavailable
+from wave_proxy.errors import PairingMissing, PlatformError, StateUnavailable
 from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.state.runs import RunTokens
 from wave_proxy.state.tokens import TokenRecord, TokenStore
@@ -73,6 +73,8 @@ class Runs:
                     pass
             except StateUnavailable:
                 continue
+            except Exception:
+                _log.exception("looking after the tokens of runs failed")
 
     async def check(self) -> int:
         """Ask for the runs of tokens that are due; returns how many tokens that were. Raises StateUnavailable."""
@@ -103,9 +105,9 @@ class Runs:
     async def _ask(self, identity: Identity) -> _Answer:
         try:
             return "goes on" if await self._platforms.is_running(identity) else "over"
-        except PlatformError as err:
+        except (PlatformError, PairingMissing) as err:
             _log.warning("a run can't be asked for", run=identity.workflow_id, error=str(err))
-            return "silent" if err.is_temporary else "unknown"
+            return "silent" if isinstance(err, PlatformError) and err.is_temporary else "unknown"
 
     async def _extend(self, token: str, now: float) -> None:
         record = await self._tokens.find_record(token)

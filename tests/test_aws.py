@@ -32,7 +32,7 @@ def test_the_signature_is_that_of_the_vector() -> None:
 class Amazon:
     """ECR and STS: takes one access key, gives one token, and role keys for one role."""
 
-    address: str = ""
+    url: str = ""
     status: int = 200
     body: str = ""
     seen: list[tuple[str, str, str]] = field(default_factory=list)  # host, access key with scope, body
@@ -64,8 +64,9 @@ async def amazon(own: AwsKeys | None = None) -> AsyncIterator[tuple[Amazon, Ecr]
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
+    stand_in.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
-        yield stand_in, Ecr(egress, url=f"http://127.0.0.1:{runner.addresses[0][1]}", own=own)
+        yield stand_in, Ecr(egress, url=stand_in.url, own=own)
     finally:
         await egress.close()
         await runner.cleanup()

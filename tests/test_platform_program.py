@@ -17,6 +17,8 @@ from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.platform.process import StandIn
 from tests.servers import Response, WaveProxy, distribution, has_distribution, http_request, split_image
+from tests.test_aws import REGISTRY as ECR
+from tests.test_aws import amazon
 from wave_proxy.image.oci import ACCEPT_MANIFESTS
 from wave_proxy.state.accounts import hash_password
 from wave_proxy.state.redis import connect
@@ -277,3 +279,25 @@ def test_a_platform_can_be_asked_with_requests_of_our_own(tmp_path: Path, wave: 
         platform.pair(proxy)
         platform.cut_off()
         proxy.pull(proxy.submit(**body, towerAccessToken="tok-ana")["targetImage"])
+
+
+async def test_an_amazon_registry_opens_with_the_keys_of_the_run(tmp_path: Path) -> None:
+    def pull_by_keys(amazon_url: str) -> None:
+        with StandIn(ENDPOINT) as platform, Upstream(auth="basic", username="AWS", password="pw-AKIA7") as private:
+            private.add("lab/app", private_image(1), "v1")
+            secret = {"discriminator": "aws", "accessKey": "AKIA7", "secretKey": PASSWORD}
+            entry = {"id": "aws-1", "user": ANA, "workspace": 12, "provider": "aws", "registry": None, "secret": secret}
+            batch = {"status": "RUNNING", "computeEnv": {"platform": "aws-batch", "credentialsId": "aws-1"}}
+            platform.tell(users=USERS, credentials={"aws-1": entry}, workflows={"run-1": batch})
+            config = f'{platform.config}aws_url = "{amazon_url}"\n[registries."{ECR}"]\nendpoint = "{private.url}"\n'
+            with WaveProxy(tmp_path / "data", config=config) as proxy:
+                platform.pair(proxy)
+                body = {"towerEndpoint": ENDPOINT, "towerWorkspaceId": 12, "containerImage": f"{ECR}/lab/app:v1"}
+                body |= {"towerAccessToken": "tok-ana"}
+                answer = proxy.request("POST", "/v1alpha2/container", body=body)
+                assert answer.status == 400, "without a run there is nothing that opens it"
+                proxy.pull(proxy.submit(**body, workflowId="run-1")["targetImage"])
+
+    async with amazon() as (there, _):
+        await asyncio.to_thread(pull_by_keys, there.url)
+        assert [host for host, _, _ in there.seen] == ["api.ecr.eu-west-1.amazonaws.com"]

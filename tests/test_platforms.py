@@ -84,7 +84,7 @@ async def stage(url: str, *, patience_s: float = 0.0, endpoints: tuple[str, ...]
     record = await pairings.obtain("tower", ENDPOINT, time())
     world.public_keys[record.pairing_id] = record.public_key
     platforms = Platforms(
-        endpoints, pairings, PlatformClient(wire, pairs), pairs, answers, Ecr(egress), own=["wave.example"]
+        endpoints, pairings, PlatformClient(wire, pairs, endpoints), pairs, answers, Ecr(egress), own=["wave.example"]
     )
     try:
         yield Stage(platforms, wire, world, redis, pairs)

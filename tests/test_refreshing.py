@@ -13,7 +13,7 @@ async def test_what_is_due_is_refreshed_by_one_process(redis_url: str) -> None:
         place.world.refresh = {"ref-1": ["jwt-2", "ref-2"]}
         await place.pairs.put_if_absent(ENDPOINT, "jwt-1", TokenPair("jwt-1", "ref-1"))
         for one in (place, other):
-            refreshing = Refreshing(one.pairs, PlatformClient(one.wire, one.pairs))
+            refreshing = Refreshing(one.pairs, PlatformClient(one.wire, one.pairs, (ENDPOINT,)))
             await refreshing.refresh_due(time())
             await refreshing.refresh_due(time() + 3700)
         assert place.world.seen == [" POST /oauth/access_token"]
@@ -26,7 +26,7 @@ async def test_one_that_fails_keeps_what_it_has_and_stops_no_other(redis_url: st
         place.world.users, place.world.refresh = {"jwt-9": ANA}, {"ref-b": ["jwt-9"]}
         for name in "abc":
             await place.pairs.put_if_absent(ENDPOINT, f"jwt-{name}", TokenPair(f"jwt-{name}", f"ref-{name}"))
-        await Refreshing(place.pairs, PlatformClient(place.wire, place.pairs)).refresh_due(time() + 3700)
+        await Refreshing(place.pairs, PlatformClient(place.wire, place.pairs, (ENDPOINT,))).refresh_due(time() + 3700)
         found = [await place.pairs.find(ENDPOINT, f"jwt-{name}") for name in "abc"]
         assert found == [TokenPair("jwt-a", "ref-a"), TokenPair("jwt-9", "ref-b"), TokenPair("jwt-c", "ref-c")]
 
@@ -34,5 +34,5 @@ async def test_one_that_fails_keeps_what_it_has_and_stops_no_other(redis_url: st
 async def test_tokens_that_do_not_expire_are_left_alone(redis_url: str) -> None:
     async with stage(redis_url) as place:
         await place.pairs.put_if_absent(ENDPOINT, "tok-1", TokenPair("tok-1"))
-        await Refreshing(place.pairs, PlatformClient(place.wire, place.pairs)).refresh_due(time() + 3700)
+        await Refreshing(place.pairs, PlatformClient(place.wire, place.pairs, (ENDPOINT,))).refresh_due(time() + 3700)
         assert place.world.seen == []

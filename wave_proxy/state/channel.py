@@ -109,6 +109,8 @@ class Channel:
                 await self._take()
             except StateUnavailable:
                 await asyncio.sleep(_PAUSE_S)
+            except Exception:
+                _log.exception("a message between processes is none")
 
     async def _tell(self) -> None:
         """Say every few seconds that the sessions are still there."""

@@ -8,13 +8,14 @@ from urllib.parse import quote, urlencode
 
 import orjson
 
-from wave_proxy.errors import PlatformError
+from wave_proxy.errors import PairingMissing, PlatformError
 from wave_proxy.image.platform import (
     CredentialsEntry,
     PlatformCall,
     PlatformReply,
     PlatformUser,
     TokenPair,
+    matches_endpoint,
 )
 
 _ATTEMPTS = 6
@@ -54,11 +55,12 @@ class PlatformClient:
 
     All methods but ``refresh`` refresh a token that has expired, once. Only what got no answer is asked again, for up
     to ``patience_s``. They raise PlatformError: with the Platform's status, 503 without a connection, 408 when it does
-    not answer in time.
+    not answer in time; PairingMissing for an endpoint that is none of ``endpoints``, which are told nothing.
     """
 
-    def __init__(self, transport: Transport, pairs: Pairs) -> None:
+    def __init__(self, transport: Transport, pairs: Pairs, endpoints: tuple[str, ...]) -> None:
         self._transport = transport
+        self._endpoints = endpoints
         self._pairs = pairs
 
     async def user(self, endpoint: str, token: str, refresh: str, patience_s: float) -> PlatformUser | None:
@@ -148,6 +150,8 @@ class PlatformClient:
 
     async def _ask(self, endpoint: str, call: PlatformCall, patience_s: float) -> PlatformReply:
         """The reply, from as many attempts as there is time for."""
+        if not matches_endpoint(endpoint, self._endpoints):
+            raise PairingMissing(endpoint)
         ends, attempt = monotonic() + patience_s, 0
         while True:
             try:
