@@ -28,7 +28,7 @@ class Reference:
         """These are all routes of the application."""
         self._routes = tuple(routes)
 
-    @endpoint("GET", "/openapi.json", "Service", {200: Answer("The document.", media_types=(JSON,))})
+    @endpoint("GET", "/openapi.json", "Service", {200: Answer("The document.", Document)})
     async def show(self, _: Request) -> Response:
         """This API as an OpenAPI document."""
         return Response(self._content, media_type=JSON)
