@@ -31,6 +31,7 @@ from builder.workspace import Workspaces
 from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.logs import configure
+from wave_proxy.state.blob_places import BlobPlaces
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.scans import ScanReports
@@ -81,7 +82,7 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     engine = await _engine(settings, egress)
     lending = Lending(tokens, settings.authority)
     builds = Pipeline(engine, workspaces, registry, lending, credentials)
-    mirrors = Mirrors(workspaces, registry, lending, partial(Registry, egress, Credentials({})))
+    mirrors = Mirrors(workspaces, registry, lending, BlobPlaces(redis), partial(Registry, egress, Credentials({})))
     scanner = await _scanner(settings, registry, workspaces, lending, redis)
     works = Works({"build": builds, "mirror": mirrors, "scan": scanner})
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"

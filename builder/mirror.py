@@ -6,7 +6,7 @@ blob. Blobs that the target has are not sent, so that a mirror which begins anew
 
 import asyncio
 from collections.abc import AsyncIterable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from builder.failures import BuildFailed, timed_out
 from builder.lending import Lending
@@ -20,12 +20,14 @@ from wave_proxy.errors import (
     Denied,
     ManifestUnknown,
     NameUnknown,
+    StateUnavailable,
     TooManyRequests,
     WaveError,
 )
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import Descriptor
 from wave_proxy.image.reference import Reference, parse_reference
+from wave_proxy.state.blob_places import BlobPlaces
 from wave_proxy.upstream.layout import Content
 from wave_proxy.upstream.publish import push
 from wave_proxy.upstream.registry import Registry
@@ -35,10 +37,18 @@ OpenRegistry = Callable[[], Registry]
 
 
 class Mirrors:
-    """Copies images. ``registry`` is the client for targets."""
+    """Copies images. ``registry`` is the client for targets, ``places`` knows where blobs are in these."""
 
-    def __init__(self, workspaces: Workspaces, registry: Registry, lending: Lending, open_source: OpenRegistry) -> None:
+    def __init__(
+        self,
+        workspaces: Workspaces,
+        registry: Registry,
+        lending: Lending,
+        places: BlobPlaces,
+        open_source: OpenRegistry,
+    ) -> None:
         self._workspaces = workspaces
+        self._places = places
         self._registry = registry
         self._lending = lending
         self._open_source = open_source
@@ -87,10 +97,30 @@ class Mirrors:
             return progress.watch(blob, start, source.open(blob, start))
 
         with _pushing(source):
-            digest = await push(registry, content, open_blob, target, on_progress=book.say, on_blob=progress.note)
+            digest = await push(
+                registry,
+                content,
+                open_blob,
+                target,
+                on_progress=book.say,
+                on_blob=progress.note,
+                mount_from=await self._find_places(target, progress.digests),
+            )
+        with suppress(StateUnavailable):
+            await self._places.keep(target.registry, target.repository, progress.digests)
         progress.say()
         book.say(f"mirrored {target}@{digest}")
         return digest
+
+    async def _find_places(self, target: Reference, digests: list[str]) -> dict[str, str]:
+        """Where else in the target's registry these blobs may be, as ``push`` has it."""
+        if target.registry == self._lending.authority:
+            return dict.fromkeys(digests, "")  # our own registry knows that itself
+        try:
+            found = await self._places.find(target.registry, digests)
+        except StateUnavailable:
+            return {}
+        return {digest: place for digest, place in found.items() if place != target.repository}
 
 
 def _described(content: Content) -> str:

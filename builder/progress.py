@@ -23,6 +23,11 @@ class Progress:
         self._said_at = monotonic()
 
     @property
+    def digests(self) -> list[str]:
+        """Of all blobs."""
+        return list(self._blobs)
+
+    @property
     def size(self) -> str:
         """Of all blobs, such as ``12 blobs, 900.0 MB``."""
         return f"{len(self._blobs)} blobs, {_mb(sum(self._blobs.values()))}"

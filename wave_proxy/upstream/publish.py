@@ -46,7 +46,7 @@ OpenBlob = Callable[[Descriptor, int], AsyncIterable[bytes]]
 Say = Callable[[str], None]
 
 OnBlob = Callable[[Descriptor, bool], None]
-"""Is told of each blob that the registry has now, and whether it was sent for that."""
+"""Is told of each blob that the repository has now, and whether it was sent for that."""
 
 
 async def publish(registry: Registry, layout: Path, reference: Reference, *, on_progress: Say) -> str:
@@ -74,8 +74,9 @@ async def push(
 ) -> str:
     """Push an image whose blobs come from ``open_blob``; returns its digest. ``on_progress`` is told in words.
 
-    ``mount_from`` says in which repository of the same registry a blob may be, by digest. What fails for a time is
-    tried again, after the time that the registry asks for; an upload that broke off goes on where the registry says.
+    ``mount_from`` says in which repository of the same registry a blob may be, by digest; empty for a registry that
+    finds it by itself. What fails for a time is tried again, after the time that the registry asks for; an upload that
+    broke off goes on where the registry says.
     Raises Denied, NameUnknown, TooManyRequests, UpstreamError, UpstreamUnavailable, UpstreamTimeout.
     """
     return await _Push(registry, reference, open_blob, on_progress, on_blob, mount_from or {}).run(content)
@@ -91,6 +92,7 @@ class _Upload:
     blob: Descriptor
     location: str = ""
     offset: int = 0
+    mounted: bool = False
 
 
 class _Push:
@@ -151,11 +153,11 @@ class _Push:
         async with self._slots:
             is_there = await self._patiently(name, lambda: self._has(blob))
             self._say(f"{name} is {'there already' if is_there else 'sent'}")
+            upload = _Upload(blob)
             if not is_there:
-                upload = _Upload(blob)
                 await self._patiently(name, lambda: self._send(upload))
             if self._on_blob is not None:
-                self._on_blob(blob, not is_there)
+                self._on_blob(blob, not (is_there or upload.mounted))
 
     async def _has(self, blob: Descriptor) -> bool:
         request = self._request("HEAD", f"blobs/{blob.digest}", f"{self._name}@{blob.digest}")
@@ -181,21 +183,23 @@ class _Push:
 
     async def _begin(self, upload: _Upload) -> bool:
         """Open an upload; True when the registry has taken the blob out of another repository."""
-        digest, source = upload.blob.digest, self._mount_from.get(upload.blob.digest, "")
-        response = await self._mount(digest, source) if source else None
+        digest, source = upload.blob.digest, self._mount_from.get(upload.blob.digest)
+        response = await self._mount(digest, source) if source is not None else None
         if response is None:
             request = self._request("POST", "blobs/uploads/", f"an upload to {self._name}", body=b"")
             response = await self._registry.push(request, _TAKEN)
         response.release()
-        if response.status == 201:
-            self._say(f"{digest[:19]} is taken from {source}")
+        upload.mounted = response.status == 201
+        if upload.mounted:
+            self._say(f"{digest[:19]} is taken from {source or 'another repository'}")
             return True
         upload.location, upload.offset = self._registry.upload_location(response, self._target.registry), 0
         return False
 
     async def _mount(self, digest: str, source: str) -> ClientResponse | None:
         """None when the registry does not want to hear of it."""
-        path = f"blobs/uploads/?mount={quote(digest, safe=':')}&from={quote(source, safe='/')}"
+        path = f"blobs/uploads/?mount={quote(digest, safe=':')}"
+        path += f"&from={quote(source, safe='/')}" if source else ""
         request = self._request("POST", path, f"a blob of {source} in {self._name}", body=b"", mount=source)
         try:
             return await self._registry.push(request, _CREATED_OR_ACCEPTED)
