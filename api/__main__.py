@@ -61,7 +61,7 @@ from wave_proxy.state.runs import RunTokens
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
-from wave_proxy.upstream.aws import AwsKeys, Ecr
+from wave_proxy.upstream.aws import read_ecr
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.direct import DirectTransport
 from wave_proxy.upstream.egress import Egress, Endpoint
@@ -158,7 +158,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,
     )
-    logins = LoginChecks(egress, endpoints, Ecr(egress, url=settings.platform.aws_url))
+    logins = LoginChecks(egress, endpoints, read_ecr(egress, settings.aws, as_itself=False))
     checks = CredentialChecks(logins, max_body_bytes=settings.http.max_body_bytes)
     paired: list[Endpoints] = [_pairing(settings.platform, redis, channel)]
     if platforms is not None:
@@ -184,7 +184,8 @@ def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExit
 
 
 def _registry(settings: Settings, egress: Egress, stack: AsyncExitStack) -> Registry:
-    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts)
+    ecr = read_ecr(egress, settings.aws)
+    registry = Registry(egress, Credentials({}), attempts=settings.upstream.attempts, ecr=ecr)
     stack.push_async_callback(registry.close)
     return registry
 
@@ -268,14 +269,13 @@ def _platforms(
     stack.push_async_callback(cancel, asyncio.create_task(Refreshing(pairs, client).run()))
     remembered = Remembered(Answers(redis, settings.tokens.max_lifetime), platform.patience)
     stack.push_async_callback(remembered.close)
-    keys = AwsKeys(platform.aws_access_key, platform.aws_secret_key.get_secret_value())
     return Platforms(
         platform.endpoints,
         Pairings(redis),
         client,
         pairs,
         remembered,
-        Ecr(egress, url=platform.aws_url, own=keys if keys.access_key else None),
+        read_ecr(egress, settings.aws),
         own=[place for place in (settings.authority, build.repository, build.cache_repository) if place],
     )
 

@@ -36,6 +36,7 @@ from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
+from wave_proxy.upstream.aws import read_ecr
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.registry import Registry
@@ -70,7 +71,8 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     )
     stack.push_async_callback(egress.close)
     credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
-    registry = Registry(egress, credentials, attempts=settings.upstream.attempts)
+    ecr = read_ecr(egress, settings.aws)
+    registry = Registry(egress, credentials, attempts=settings.upstream.attempts, ecr=ecr)
     stack.push_async_callback(registry.close)
     tokens = TokenStore(redis, settings.tokens.retention)
     # What a build adds is read without the builder's own login, which opens every local repository.

@@ -1,18 +1,23 @@
 """Logins for Amazon's registries: the signature by AWS's own vector, the exchange with a stand-in on loopback."""
 
+import asyncio
 import json
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from aiohttp import web
 
+from bench.images import image, layer
+from bench.upstream import Upstream
 from wave_proxy.errors import Denied, RequestInvalid, UpstreamError
-from wave_proxy.upstream.aws import AwsKeys, Ecr, is_ecr, signature
-from wave_proxy.upstream.credentials import Login
-from wave_proxy.upstream.egress import Egress
+from wave_proxy.upstream.aws import AwsKeys, Ecr, EcrLogins, is_ecr, signature
+from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.egress import Egress, endpoint_for
+from wave_proxy.upstream.registry import Registry
 
 NOW = 1_440_938_160.0  # 2015-08-30T12:36:00Z
 REGISTRY = "123456789012.dkr.ecr.eu-west-1.amazonaws.com"
@@ -139,3 +144,27 @@ async def test_refused_keys_and_odd_answers_are_told_without_the_secret() -> Non
 )
 def test_amazons_registries_are_known_by_name(registry: str, is_one: bool) -> None:
     assert is_ecr(registry) is is_one
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+async def test_configured_keys_open_their_registry_and_are_exchanged_once(auth: Any) -> None:
+    with Upstream(auth=auth, username="AWS", password="pw-AKIA7") as private:
+        private.add("lab/app", image([layer({"a": "b"})]), "v1")
+        egress = Egress({REGISTRY: endpoint_for(REGISTRY, url=private.url)})
+        async with amazon() as (there, _):
+            credentials = Credentials({REGISTRY: Login("AKIA7", "secret")})
+            registry = Registry(egress, credentials, attempts=1, ecr=Ecr(egress, url=there.url))
+            heads = [registry.head_manifest(REGISTRY, "lab/app", "v1") for _ in range(20)]
+            assert len({head.digest for head in await asyncio.gather(*heads)}) == 1
+            assert len(there.seen) == 1
+            await registry.close()
+        await egress.close()
+
+
+async def test_other_logins_are_used_as_they_are() -> None:
+    async with amazon() as (there, ecr):
+        logins = EcrLogins(ecr)
+        for registry, login in (("quay.io", Login("AKIA7", "s")), (REGISTRY, Login("AWS", "t")), (REGISTRY, None)):
+            assert await logins.exchanged(registry, login) is login
+        assert there.seen == []
+        await logins.close()

@@ -289,7 +289,7 @@ async def test_an_amazon_registry_opens_with_the_keys_of_the_run(tmp_path: Path)
             entry = {"id": "aws-1", "user": ANA, "workspace": 12, "provider": "aws", "registry": None, "secret": secret}
             batch = {"status": "RUNNING", "computeEnv": {"platform": "aws-batch", "credentialsId": "aws-1"}}
             platform.tell(users=USERS, credentials={"aws-1": entry}, workflows={"run-1": batch})
-            config = f'{platform.config}aws_url = "{amazon_url}"\n[registries."{ECR}"]\nendpoint = "{private.url}"\n'
+            config = f'{platform.config}[aws]\nurl = "{amazon_url}"\n[registries."{ECR}"]\nendpoint = "{private.url}"\n'
             with WaveProxy(tmp_path / "data", config=config) as proxy:
                 platform.pair(proxy)
                 body = {"towerEndpoint": ENDPOINT, "towerWorkspaceId": 12, "containerImage": f"{ECR}/lab/app:v1"}

@@ -405,6 +405,14 @@ class LocalSettings(_Section):
     max_blob_bytes: OptionalSize = Field(None, description="Limit on one pushed blob. Unset: none.")
 
 
+class AwsSettings(_Section):
+    """Amazon's registries (ECR): a login for one is an access key and its secret, or a role and its external id."""
+
+    access_key: str = Field("", description="Access key of this server, with which it takes on roles that logins name.")
+    secret_key: SecretStr = Field(SecretStr(""), description="The secret of that access key.")
+    url: str = Field("", description="Where Amazon's ECR and STS are reached; empty: by their own addresses.")
+
+
 class PlatformSettings(_Section):
     """Seqera Platforms: where users come from, and their logins for registries. See [platform.md](platform.md).
 
@@ -432,11 +440,6 @@ class PlatformSettings(_Section):
     allow_private: bool = Field(
         False, description="With `direct`: whether Platforms may be at loopback or private addresses."
     )
-    aws_access_key: str = Field(
-        "", description="Access key of this server, with which it takes on the AWS roles that users name for ECR."
-    )
-    aws_secret_key: SecretStr = Field(SecretStr(""), description="The secret of that access key.")
-    aws_url: str = Field("", description="Where Amazon's ECR and STS are reached; empty: by their own addresses.")
     run_lifetime: Duration = Field(
         1200.0, description="How long a token lives that a workflow's run has asked for, once the run is over."
     )
@@ -514,6 +517,7 @@ class Settings(BaseModel):
     scan: ScanSettings = ScanSettings.model_construct()
     local: LocalSettings = LocalSettings.model_construct()
     platform: PlatformSettings = PlatformSettings.model_construct()
+    aws: AwsSettings = AwsSettings.model_construct()
     pages: PagesSettings = PagesSettings.model_construct()
 
     @field_validator("server_url")

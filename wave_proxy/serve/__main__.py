@@ -57,6 +57,7 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
+from wave_proxy.upstream.aws import read_ecr
 from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
@@ -171,6 +172,7 @@ def _registry(settings: Settings, stack: AsyncExitStack) -> Registry:
             settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1
         ),
         parallel=settings.upstream.parallel,
+        ecr=read_ecr(egress, settings.aws),
     )
     stack.push_async_callback(registry.close)
     return registry

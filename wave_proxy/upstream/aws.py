@@ -1,12 +1,15 @@
 """Logins for Amazon's registries, in exchange for an access key or a role (``wave.md`` §2.4.7)."""
 
+import asyncio
 import hmac
 from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from re import compile as compile_pattern
+from time import monotonic, time
+from typing import Protocol
 from urllib.parse import urlencode
 
 from yarl import URL
@@ -24,6 +27,10 @@ _MAX_BYTES = 1 << 20
 LASTS_S = 3 * 3600.0
 _LASTS_AT_LEAST_S = 60.0
 _EARLY_S = 300.0
+_MAX_KNOWN = 1000
+
+_Place = tuple[str, str]
+"""A registry, and the key of the configured login."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ class Ecr:
     async def _assume(self, region: str, role: str, external_id: str, now: float) -> tuple[AwsKeys, float]:
         """Temporary keys of a role, and for how many seconds to use them."""
         if self._own is None:
-            raise RequestInvalid(f"{role}: this server takes on no AWS roles: [platform] aws_access_key is not set")
+            raise RequestInvalid(f"{role}: this server takes on no AWS roles: [aws] access_key is not set")
         form = {"Action": "AssumeRole", "Version": "2011-06-15", "RoleArn": role, "RoleSessionName": "wave-proxy"}
         body = urlencode(form | ({"ExternalId": external_id} if external_id else {})).encode()
         service = _Service("sts", region, f"sts.{region}.amazonaws.com", "")
@@ -109,6 +116,69 @@ class Ecr:
         if status != 200:
             raise await self._egress.failure(response, "an authorization token")
         return await self._egress.read(response, _MAX_BYTES, f"the answer of {service.host}")
+
+
+class _Secret(Protocol):
+    def get_secret_value(self) -> str: ...
+
+
+class AwsTable(Protocol):
+    """The ``[aws]`` table."""
+
+    @property
+    def access_key(self) -> str: ...
+    @property
+    def secret_key(self) -> _Secret: ...
+    @property
+    def url(self) -> str: ...
+
+
+def read_ecr(egress: Egress, table: AwsTable, *, as_itself: bool = True) -> Ecr:
+    """The exchange as it is configured; unless ``as_itself``, without this server's own keys."""
+    own = AwsKeys(table.access_key, table.secret_key.get_secret_value())
+    return Ecr(egress, url=table.url, own=own if own.access_key and as_itself else None)
+
+
+class EcrLogins:
+    """What configured logins for Amazon's registries are exchanged for, kept for as long as that may be used."""
+
+    def __init__(self, ecr: Ecr) -> None:
+        self._ecr = ecr
+        self._known: dict[_Place, tuple[Login, float]] = {}  # until when, monotonic
+        self._exchanges: dict[_Place, asyncio.Task[Login]] = {}
+
+    async def exchanged(self, registry: str, login: Login | None) -> Login | None:
+        """The login to use at a registry: another one at Amazon's, the same elsewhere. Raises as ``Ecr.login``."""
+        if login is None or login.username == "AWS" or not is_ecr(registry):
+            return login
+        place = registry, login.key
+        known, until = self._known.get(place, (login, 0.0))
+        if monotonic() < until:
+            return known
+        exchange = self._exchanges.get(place)
+        if exchange is None:
+            exchange = self._exchanges[place] = asyncio.create_task(self._exchange(place, login))
+            exchange.add_done_callback(lambda done: self._end(place, done))
+        return await asyncio.shield(exchange)
+
+    async def _exchange(self, place: _Place, login: Login) -> Login:
+        found = await self._ecr.login(place[0], login.username, login.password, time())
+        self._known[place] = replace(found.login, source=login.source), monotonic() + found.lasts_s
+        if len(self._known) > _MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+        return self._known[place][0]
+
+    def _end(self, place: _Place, done: "asyncio.Task[Login]") -> None:
+        del self._exchanges[place]
+        if not done.cancelled():
+            done.exception()  # nobody may be left to take it
+
+    async def close(self) -> None:
+        """End the exchanges that still run."""
+        exchanges = list(self._exchanges.values())
+        for exchange in exchanges:
+            exchange.cancel()
+        await asyncio.gather(*exchanges, return_exceptions=True)
 
 
 def _service(registry: str) -> _Service:

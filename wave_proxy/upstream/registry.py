@@ -42,9 +42,10 @@ from wave_proxy.image.oci import (
     sniff_media_type,
 )
 from wave_proxy.image.reference import DOCKER_HUB
+from wave_proxy.upstream.aws import Ecr, EcrLogins
 from wave_proxy.upstream.bearer import BearerTokens, Challenge, Scope, basic_authorization, choose_challenge
 from wave_proxy.upstream.breaker import Breakers
-from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Body, Egress, Endpoint, authority_of, origin_of, parse_url, retry_after_s
 from wave_proxy.upstream.limits import Limits
 from wave_proxy.upstream.stats import UpstreamStats
@@ -157,8 +158,10 @@ class Registry:
         attempts: int = 4,
         limits: Limits | None = None,
         parallel: int = 1,
+        ecr: Ecr | None = None,
     ) -> None:
         self._egress = egress
+        self._ecr = EcrLogins(ecr or Ecr(egress))
         self._credentials = credentials
         self._attempts = attempts
         self._bearers = BearerTokens(egress)
@@ -171,6 +174,7 @@ class Registry:
     async def close(self) -> None:
         """End what still runs in the background. The egress is the caller's."""
         await self._bearers.close()
+        await self._ecr.close()
 
     def acting_as(self, credentials: Credentials) -> "Registry":
         """The same client with other logins; connections, tokens, limits and what is known of registries are shared."""
@@ -411,7 +415,7 @@ class Registry:
             raise self._denied(response, subject, said)
         response = await self._send(method, subject, headers, fresh)
         if response.status == 401:
-            login = self._credentials.find(subject.endpoint.registry, subject.repository)
+            login = await self._login(subject)
             self._bearers.forget(challenge, subject.scope, login)
         else:
             self._remember(place, challenge)
@@ -445,13 +449,17 @@ class Registry:
     async def _authorization(self, subject: _Subject, challenge: Challenge | None, stale: str = "") -> str:
         if challenge is None:
             return ""
-        login = self._credentials.find(subject.endpoint.registry, subject.repository)
+        login = await self._login(subject)
         if challenge.scheme == "basic":
             return basic_authorization(login) if login else ""
         token = await self._bearers.get(
             challenge, subject.scope, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
         )
         return f"Bearer {token}"
+
+    async def _login(self, subject: _Subject) -> Login | None:
+        registry = subject.endpoint.registry
+        return await self._ecr.exchanged(registry, self._credentials.find(registry, subject.repository))
 
     def _remember(self, place: str, challenge: Challenge) -> None:
         if place not in self._challenges and len(self._challenges) >= _MAX_CHALLENGES:
