@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -92,6 +93,12 @@ def test_an_image_that_is_there(service: Service, user: str, name: str) -> None:
     assert answer["requestId"] in answer["targetImage"]
     assert (answer["freeze"], answer["mirror"], answer["succeeded"]) == (False, False, True)
     service.wave.pull(answer["targetImage"])
+
+
+def test_a_token_outlives_the_plugins_memory_of_it(run: Nextflow) -> None:
+    """For half an hour it asks no second time for the same image, and then the task has yet to begin."""
+    expiration = datetime.fromisoformat(run.submit(containerImage="ubuntu")["expiration"])
+    assert expiration - datetime.now(UTC) > timedelta(hours=24)
 
 
 def test_files_of_a_bundle_come_with_their_folders(service: Service, run: Nextflow) -> None:
