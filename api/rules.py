@@ -60,6 +60,7 @@ def _mirror_rules(request: Submission, *, legacy: bool) -> Iterator[str]:
         "containerFile": request.container_file,
         "containerIncludes": request.container_includes,
         "containerConfig": request.config,
+        "packages": request.packages or request.conda_file,
     }
     for name, value in conflicts.items():
         if value:

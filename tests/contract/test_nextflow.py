@@ -201,6 +201,8 @@ def limited(tmp_path: Path) -> Iterator[WaveProxy]:
 
 def test_too_many_submits_say_when_to_come_back_and_polling_goes_on(limited: WaveProxy) -> None:
     run = Nextflow(limited.address)
+    for _ in range(3):
+        run.submit(containerImage="ubuntu")  # no pull (decision 11)
     answer = run.submit(containerFile=FILE)
     refused = run.ask("POST", V2, submission(containerFile="RlJPTSBvdGhlcgo="))
     assert refused.status == 429

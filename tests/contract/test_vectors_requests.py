@@ -243,6 +243,9 @@ MIRROR = {"containerImage": "ubuntu", "mirror": True}
             "`mirror` and `containerConfig` conflict",
             id="V19 config",
         ),
+        pytest.param(
+            {"buildRepository": "quay.io", **conda("bwa")}, "`mirror` and `packages` conflict", id="V19 packages"
+        ),
     ],
 )
 def test_v19_messages_of_mirrors(service: Service, cli: WaveCli, attributes: dict[str, Any], message: str) -> None:
