@@ -18,7 +18,8 @@ from tests.contract import nextflow
 from tests.contract.archives import pack
 from tests.contract.conftest import Service, add_images
 from tests.contract.nextflow import Failed, Nextflow, conda, conda_file, config, read_build_status, submission
-from tests.contract.wave_cli import MANIFEST_TYPES
+from tests.contract.wave_cli import MANIFEST_TYPES, WaveCli
+from tests.contract.wave_cli import submission as cli_submission
 from tests.contract.wire import Connection
 from tests.servers import WaveProxy
 
@@ -119,6 +120,18 @@ def test_a_linked_layer_is_served(service: Service, run: Nextflow) -> None:
     assert pulled.children[0].layers[-1] == fusion.content
 
 
+def test_fusion_is_taken_and_told_of(run: Nextflow) -> None:
+    """Its layers are linked, one for the task's platform; the plugin merges them in from a file that it reads."""
+    location = "https://fusionfs.seqera.io/releases/pkg/2/4/fusion-amd64.tar.gz"
+    fusion = {**layer({"fusion": "1"}).described(), "location": location, "skipHashing": True}
+    settings = config(entrypoint=["/usr/bin/fusion"], layers=[pack(BUNDLE, folders=True), fusion])
+    answer = run.submit(containerImage="ubuntu", containerConfig=settings)
+    assert answer["succeeded"] is True
+    record = json.loads(run.ask("GET", f"{V2}/{answer['requestId']}").body)
+    assert record["fusionVersion"] == "2.4"
+    assert [item["location"] for item in record["containerConfig"]["layers"]] == ["data:DATA+OMITTED", location]
+
+
 # --- builds ----------------------------------------------------------------------------------------------------------
 
 BUILDS: dict[str, dict[str, Any]] = {
@@ -150,6 +163,19 @@ def test_an_image_that_is_built(run: Nextflow, name: str) -> None:
         caught.value
     )
     assert str(caught.value).endswith(f"/view/builds/{answer['buildId']}")
+
+
+def test_a_build_that_has_failed_just_now_is_no_news(run: Nextflow) -> None:
+    """The answer says so at once, and the plugin asks for the status all the same; the command line does not."""
+    asked = {"containerFile": nextflow.base64("FROM fails/again\n")}
+    with pytest.raises(Failed):
+        run.await_(run.submit(**asked))
+    again = run.submit(**asked)
+    assert (again["cached"], again["succeeded"]) == (True, False)
+    with pytest.raises(Failed, match="Container build did not complete successfully"):
+        run.await_(again)
+    cli = WaveCli(run.address)
+    assert cli.await_(cli.submit(cli_submission(**asked))) is None
 
 
 FROZEN: dict[str, dict[str, Any]] = {
