@@ -12,6 +12,14 @@ def json_reply(document: Mapping[str, Any], status: int = 200, headers: Mapping[
     return Response(orjson.dumps(document), status, headers, "application/json")
 
 
+def repeated_for(seconds: float, token: str = "") -> dict[str, str]:
+    """The header by which the proxy in front, which takes it off, may give an answer to all who ask for the same.
+
+    It does so for that long, while ``token`` lives.
+    """
+    return {"X-Wave-Repeat": f"{seconds:.3f} {token}".rstrip()}
+
+
 def framework_error(
     path: str, status: int, title: str, text: str, headers: Mapping[str, str] | None = None
 ) -> Response:

@@ -20,6 +20,7 @@ from wave_proxy.errors import UpstreamUnavailable, WaveError
 from wave_proxy.serve import http
 from wave_proxy.serve.http import Handler, Limits, Server
 from wave_proxy.serve.messages import FileBody, Reply, Request
+from wave_proxy.serve.ready import ReadyReplies
 
 P = ParamSpec("P")
 
@@ -81,11 +82,16 @@ class Place:
 
 @asynccontextmanager
 async def serving(
-    handler: Handler, *, tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None, send_buffer: int = 0, **limits: Any
+    handler: Handler,
+    *,
+    tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
+    send_buffer: int = 0,
+    ready: ReadyReplies | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Place]:
     """A server on loopback; when the test is through, no task, connection or file may be left."""
     loop, files = asyncio.get_running_loop(), open_files()
-    server = Server(handler, Limits(**limits))
+    server = Server(handler, Limits(**limits), ready=ready)
     sock = socket.create_server(("127.0.0.1", 0))
     if send_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from posixpath import normpath
+from time import monotonic
 from urllib.parse import unquote
 
 import aiohttp
 
+from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import NotFound, UpstreamUnavailable
-from wave_proxy.serve.messages import Reply, Request
+from wave_proxy.serve.messages import Reply, Request, Terms
 from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import Session
 
@@ -17,6 +20,12 @@ _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )
 _CLIENT_HEADER = "x-wave-client"
+# From the api, and for us alone: for so many seconds, while that token lives, who asks for the same gets this answer.
+_REPEAT_HEADER = "x-wave-repeat"
+_REPEATED = "/status"  # what these targets end with: thousands ask for them several times a second
+_REPEATED_BYTES = 1 << 14
+
+_OURS = frozenset({"content-length", "date", _REPEAT_HEADER})
 
 _SMALL_BYTES = 1 << 18
 _SMALL_BODY_S = 60.0
@@ -34,6 +43,7 @@ class Forwarder:
         self._large = asyncio.Semaphore(_LARGE_BODIES)
         # Answers that are under way do not count: a log is followed for as long as its build runs.
         self._unanswered = asyncio.Semaphore(_UNANSWERED)
+        self._repeats: Flights[str, Reply | None] = Flights()
 
     async def answer(self, request: Request) -> Reply:
         """The api's reply. Raises NotFound for what is between us and the api; UpstreamUnavailable."""
@@ -54,16 +64,38 @@ class Forwarder:
         if request.body.complete or int(request.header(b"content-length") or _SMALL_BYTES + 1) <= _SMALL_BYTES:
             async with asyncio.timeout(_SMALL_BODY_S):
                 body = b"".join([chunk async for chunk in request.body.chunks()])
-            return await self._ask(request, headers, body or None)
+            if request.method == "GET" and not body and request.target.endswith(_REPEATED):
+                return await self._ask_for_all(request, headers)
+            return _reply(await self._ask(request, headers, body or None))
         async with self._large, asyncio.timeout(_LARGE_BODY_S):
-            return await self._ask(request, headers, request.body.chunks())
+            return _reply(await self._ask(request, headers, request.body.chunks()))
+
+    async def _ask_for_all(self, request: Request, headers: list[tuple[str, str]]) -> Reply:
+        """The reply, and the same for all who ask meanwhile, if it may be repeated."""
+        reply = await self._repeats.run(request.target, lambda: self._ask_repeatable(request, headers))
+        if reply is None:
+            return _reply(await self._ask(request, headers, None))
+        return replace(reply, headers=[*reply.headers])
+
+    async def _ask_repeatable(self, request: Request, headers: list[tuple[str, str]]) -> Reply | None:
+        """The reply, with its terms; None for one that is for a single request, which has to ask again."""
+        response = await self._ask(request, headers, None)
+        try:
+            terms, length = _terms(response), response.content_length
+            if terms is None or length is None or length > _REPEATED_BYTES:
+                return None
+            return replace(_reply(response), body=await response.read(), length=None, terms=terms)
+        except aiohttp.ClientError as err:
+            raise UpstreamUnavailable("the API ended its answer early") from err
+        finally:
+            response.release()
 
     async def _ask(
         self, request: Request, headers: list[tuple[str, str]], body: bytes | AsyncIterator[bytes] | None
-    ) -> Reply:
+    ) -> aiohttp.ClientResponse:
         try:
             async with self._unanswered:
-                response = await self._session.request(
+                return await self._session.request(
                     request.method,
                     f"http://api{request.target}",
                     headers=headers,
@@ -75,10 +107,10 @@ class Forwarder:
             if request.body.error is not None:  # what ended the sending was not the api
                 raise request.body.error from None
             raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
-        return _reply(response)
 
     async def close(self) -> None:
         """Close the connections to the api."""
+        await self._repeats.close()
         await self._session.close()
 
 
@@ -94,9 +126,17 @@ def _reply(response: aiohttp.ClientResponse) -> Reply:
     headers = [
         (name, value)
         for name, value in response.headers.items()
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in ("content-length", "date")
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in _OURS
     ]
     return Reply(response.status, headers, _Stream(response), length=response.content_length)
+
+
+def _terms(response: aiohttp.ClientResponse) -> Terms | None:
+    """On which terms the api lets us repeat its answer; None when it does not."""
+    seconds, _, token = response.headers.get(_REPEAT_HEADER, "").partition(" ")
+    if response.status != 200 or not seconds:
+        return None
+    return Terms(until=monotonic() + float(seconds), token=token, kind="api", state="hit")
 
 
 class _Stream:

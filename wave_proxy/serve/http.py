@@ -342,7 +342,7 @@ class Connection(asyncio.Protocol):
             request.malformed = f"431 {self._large_head}"  # it came in one piece
         self._framing = b""
         for key, value in self._headers:
-            if key in (b"content-length", b"transfer-encoding"):
+            if key == b"transfer-encoding" or (key == b"content-length" and int(value)):  # Java says 0 with a GET
                 self._framing = b"%b: %b" % (key, value)
             if key == b"content-length" and int(value) > most:
                 self._body.fail(BodyTooLarge(f"the request's body is over the limit of {most} bytes"))
