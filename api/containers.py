@@ -120,7 +120,8 @@ class Containers:
         """Ask for a container.
 
         It is an existing image (`containerImage`), one that is built from a container file (`containerFile`, base64) or
-        from Conda or R packages (`packages`), with the layers and settings of `containerConfig` added.
+        from Conda or R packages (`packages`), with the layers and settings of `containerConfig` added. With `mirror` an
+        existing image is copied to the registry or repository `buildRepository`, for known users.
         """
         return await self._submit(request, legacy=False)
 

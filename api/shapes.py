@@ -86,15 +86,15 @@ class Submitted(TypedDict):
     requestId: str
     """The id that the request is described under."""
     containerToken: NotRequired[str]
-    """The token in the image's name; missing with `freeze`, whose image needs none."""
+    """The token in the image's name; missing with `freeze` and `mirror`, whose images need none."""
     targetImage: str
     """The image to pull."""
     expiration: NotRequired[Instant]
     """When the token ends."""
     containerImage: NotRequired[str]
-    """The image that it is made from, or the one that is built."""
+    """The image that it is made from, or the one that is built or copied."""
     buildId: NotRequired[str]
-    """The build of the image; missing when the image was there, and nobody knows who built it."""
+    """The build or mirror of the image; missing when the image was there, and nobody knows who made it."""
     cached: NotRequired[bool]
     """Whether the image was there, or was being built already."""
     freeze: NotRequired[bool]

@@ -325,6 +325,22 @@ async def test_each_that_is_begun_counts_once(
         await client.aclose()
 
 
+async def test_a_copy_is_scanned_for_who_asks(
+    asking: Asking, redis_url: str, source: Upstream, target: Upstream, store: BuildStore
+) -> None:
+    known = [source.address, target.address]
+    with ApiServer(redis_url, upstreams=known, build_repository="hub.test/dev", scans=True) as api:
+        assert "scanId" not in api.submit(**asking.body)
+        answer = api.submit(**asking.body, scanMode="required")
+        assert answer["scanId"].startswith("sc-")
+        assert "succeeded" not in answer
+        spec = (await record_of(store, answer["scanId"])).spec
+        assert (spec.source_image, spec.made_by) == (asking.target, answer["buildId"])
+        await finish(store, answer["buildId"], exit_status=0, digest=asking.image.digest)
+        assert status_of(api, answer)["status"] == "SCANNING"
+        assert api.request("GET", f"/v1alpha1/mirrors/{answer['buildId']}").json()["scanId"] == answer["scanId"]
+
+
 # --- how a mirror looks ----------------------------------------------------------------------------------------------
 
 

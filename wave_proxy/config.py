@@ -291,7 +291,8 @@ class BuildSettings(_Section):
     engine: Literal["buildah", "buildkit", "assemble", "kubernetes", "none"] = Field(
         "buildah",
         description="What runs a build: `buildah` on the builder's machine, or a remote `buildkit`; `none`: requests "
-        "for builds are refused with 501. *`assemble` and `kubernetes` are not supported yet.*",
+        "for builds are refused with 501, and the builder is there for mirrors and scans. "
+        "*`assemble` and `kubernetes` are not supported yet.*",
     )
     repository: str = Field(
         "", description="Where images are pushed that a request names no repository for; empty: `<server>/local/build`."

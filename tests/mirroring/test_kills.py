@@ -82,7 +82,7 @@ def test_a_mirror_survives_the_death_of_three_builders(scene: Scene) -> None:
     # It is given up with the third builder, and begins where that one was when it is asked for again.
     found = scene.ended(answer)
     assert found["exitCode"] == 255
-    assert found["reason"] == "the builder died 3 times while building"
+    assert found["reason"] == "the builder died 3 times while mirroring"
     manifest.release.set()
     until(lambda: scene.submit("lib/tool:1")["buildId"] != answer["buildId"], lambda: "no new")
     again = scene.submit("lib/tool:1")

@@ -76,6 +76,14 @@ def index_of(manifests: list[Image]) -> Image:
     return Image(digest_of(content), OCI_INDEX, content, (), tuple(manifests))
 
 
+def test_an_image_named_by_its_digest(scene: Scene) -> None:
+    made = two_platforms("by digest")
+    scene.source.add("lib/digest", made)
+    found = scene.mirrored(f"lib/digest@{made.digest}")
+    assert found["targetImage"] == f"{scene.place}/lib/digest@{made.digest}"
+    assert scene.pull("lib/digest", made.digest).manifest == made.manifest
+
+
 def test_the_token_of_a_mirror_is_not_pulled(scene: Scene) -> None:
     scene.source.add("lib/direct", image([layer({"a": "direct"})]), "1.0")
     answer = scene.submit("lib/direct:1.0")

@@ -53,6 +53,7 @@ _RESERVED_MS = 3000
 _RESERVED_POLL_S = 0.1
 _ROUND_S = 4.0  # less than the client's own limit on an answer
 _UNLIMITED = 1_000_000
+_DOING = {"build": "building", "mirror": "mirroring", "scan": "scanning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ class BuildStore(BuildRecords):
 
     async def _bury(self, claim: Claim, cancelled: str) -> None:
         """Finish a build that nobody works on any more."""
-        reason = cancelled or f"the builder died {MAX_ATTEMPTS} times while building"
+        reason = cancelled or f"the builder died {MAX_ATTEMPTS} times while {_DOING[claim.record.spec.kind]}"
         log = await self._read_live(claim.record.build_id)
         line_break = "" if not log or log.endswith(b"\n") else "\n"
         await self.append_log(claim, f"{line_break}>> The build ends here: {reason}.\n".encode())
