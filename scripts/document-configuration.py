@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from inspect import getdoc
+from inspect import cleandoc, getdoc
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -46,7 +46,7 @@ def page() -> str:
     for key, section in sections.items():
         model = type(section)
         parts += [f"\n## `[{key}]`\n\n{getdoc(model)}\n\n", *_table(model.model_fields, f"WAVE_{key.upper()}__")]
-    parts += [f'\n## `[registries."<host>"]`\n\n{RegistrySettings.__doc__}\n\n', _REGISTRIES, "\n"]
+    parts += [f'\n## `[registries."<host>"]`\n\n{cleandoc(RegistrySettings.__doc__ or "")}\n\n', _REGISTRIES, "\n"]
     parts += _table(RegistrySettings.model_fields, "")
     return "".join(parts)
 
