@@ -126,7 +126,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     endpoints = read_endpoints(settings.registries)
     credentials = read_credentials(settings.registries, own_login(settings.authority, settings.build.secret))
     egress = _egress(settings, endpoints, stack)
-    channel, local = Channel(redis), f"{settings.authority}/local"
+    channel, local = Channel(redis, call_s=settings.platform.timeout), f"{settings.authority}/local"
     platforms = _platforms(settings, redis, egress, channel, stack)
     registries = Registries(_registry(settings, egress, stack), credentials, local, platforms)
     identities = Identities(AccessTokens(redis), platforms, anonymous=settings.access.anonymous)
@@ -263,7 +263,8 @@ def _platforms(
     if not platform.enabled:
         return None
     stack.push_async_callback(cancel, asyncio.create_task(channel.run()))
-    transport = DirectTransport(egress, allow_private=platform.allow_private) if platform.direct else channel
+    direct = DirectTransport(egress, allow_private=platform.allow_private, timeout_s=platform.timeout)
+    transport = direct if platform.direct else channel
     pairs = TokenPairs(redis)
     client = PlatformClient(transport, pairs, platform.endpoints)
     stack.push_async_callback(cancel, asyncio.create_task(Refreshing(pairs, client).run()))

@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from wave_proxy.errors import StateUnavailable, clip
 from wave_proxy.image.platform import SERVICE, PairingRecord, is_endpoint, known_endpoint, matches_endpoint
-from wave_proxy.state.channel import Channel
+from wave_proxy.state.channel import Channel, Session
 from wave_proxy.state.pairing import Pairings
 
 _log = structlog.get_logger()
@@ -86,21 +86,13 @@ class PairingEndpoint:
 
     async def _converse(self, socket: WebSocket, service: str, endpoint: str) -> None:
         record = await self._pairings.obtain(service, endpoint, time())
-        await socket.send_text(_pairing_response(record))
         with self._channel.session(endpoint, socket.send_text) as session:
             await self._channel.announce(endpoint)
             sender = asyncio.create_task(session.run())
             try:
-                while True:
-                    message = _read_message(await socket.receive_text())
-                    match message.get("@type"):
-                        case "pairing-heartbeat":
-                            if not await self._pairings.renew(service, endpoint):
-                                await socket.close(_GOING_AWAY, "the pairing is gone: pair again")
-                                return
-                            await socket.send_text(_heartbeat(message))
-                        case "proxy-http-response":
-                            await session.answer(message)
+                await socket.send_text(_pairing_response(record))
+                while await self._take(socket, session, service, endpoint):
+                    pass
             except WebSocketDisconnect:
                 return
             except (ValueError, KeyError):  # a KeyError: it was not text
@@ -108,6 +100,19 @@ class PairingEndpoint:
             finally:
                 sender.cancel()
                 await asyncio.gather(sender, return_exceptions=True)
+
+    async def _take(self, socket: WebSocket, session: Session, service: str, endpoint: str) -> bool:
+        """Take one message; False when it was the last."""
+        message = _read_message(await socket.receive_text())
+        match message.get("@type"):
+            case "pairing-heartbeat":
+                if not await self._pairings.renew(service, endpoint):
+                    await _close(socket, _GOING_AWAY, "the pairing is gone: pair again")
+                    return False
+                await socket.send_text(_heartbeat(message))
+            case "proxy-http-response":
+                await session.answer(message)
+        return True
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:

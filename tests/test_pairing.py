@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote
 
@@ -96,6 +97,14 @@ async def test_a_session_whose_pairing_is_gone_is_ended_so_that_it_pairs_again(p
         assert (await closing(socket))[0] == 1001
 
 
+def until_logged(proxy: WaveProxy, text: str) -> None:
+    """Return when the program has logged that; its standard error is read by another thread."""
+    deadline = monotonic() + 10
+    while text not in proxy.stderr:
+        assert monotonic() < deadline, proxy.stderr
+        sleep(0.01)
+
+
 REFUSED = {
     "service": ({"service": "other"}, "the service 'other' is not known"),
     "token": ({"token": "licence-8"}, "the token is not [platform] pairing_token"),
@@ -116,7 +125,7 @@ async def test_who_must_not_pair_is_told_why_and_so_is_the_log(
         code, reason = await closing(socket)
     assert code == 1008
     assert why in reason
-    assert why in proxy.stderr
+    until_logged(proxy, why)
     assert "licence-" not in proxy.stderr
 
 
@@ -150,7 +159,7 @@ def test_it_is_off_unless_the_operator_wants_it(wave: Wave) -> None:
         proxy = wave()
         platform.tell(pair=f"ws://{proxy.address}/pairing/tower/token/licence-7")
         platform.wait_for(lambda sessions: "1008" in sessions)
-        assert "this server pairs with no Platform: [platform] enabled is false" in proxy.stderr
+        until_logged(proxy, "this server pairs with no Platform: [platform] enabled is false")
 
 
 def test_a_platform_pairs_again_when_the_program_comes_back(wave: Wave) -> None:

@@ -132,7 +132,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         platform.tell(users=USERS, credentials={"c1": {**entry, "secret": secret}})
         folder = tmp_path_factory.mktemp("platform")
         target = stack.enter_context(distribution(folder, htpasswd=HTPASSWD)) if has_distribution() else ""
-        config = f'{CONFIG}{platform.config}patience = "1s"\n'
+        config = f'{CONFIG}{platform.config}timeout = "1s"\npatience = "1s"\n'
         upstreams = [address for address in (private.address, public.address, target) if address]
         wave = stack.enter_context(WaveProxy(folder / "data", workers=2, config=config, upstreams=upstreams))
         platform.pair(wave)
@@ -151,6 +151,24 @@ def test_a_private_image_is_pulled_with_the_users_own_credentials(scene: Scene) 
     # The same user, in a workspace without credentials.
     assert scene.post("tok-ana", "lab/app:v1", towerWorkspaceId=13).status == 400
     assert all(line.startswith("tok-ana ") for line in scene.platform.seen("/keys"))
+
+
+def test_a_request_tells_whose_it_is_and_none_of_his_secrets(scene: Scene) -> None:
+    answer = scene.post("tok-ana", "lab/app:v1", towerRefreshToken="ref-9")
+    told = scene.wave.request("GET", f"/v1alpha2/container/{answer.json()['requestId']}")
+    asked = told.json()
+    assert (asked["user"], asked["workspaceId"], asked["towerEndpoint"]) == ({"id": ANA}, 12, ENDPOINT)
+    for secret in (b"tok-ana", b"ref-9", b"ana@lab.org", PASSWORD.encode()):
+        assert secret not in told.body
+
+
+def test_a_private_image_is_inspected_with_the_users_own_credentials(scene: Scene) -> None:
+    asked = {"containerImage": f"{scene.private.address}/lab/app:v1", "towerWorkspaceId": 12}
+    statuses = {}
+    for token in ("tok-ana", "tok-bob"):
+        body = {**asked, "towerAccessToken": token, "towerEndpoint": ENDPOINT}
+        statuses[token] = scene.wave.request("POST", "/v1alpha1/inspect", body=body).status
+    assert statuses == {"tok-ana": 200, "tok-bob": 400}
 
 
 def test_who_is_not_known_there_is_refused_with_an_empty_body(scene: Scene) -> None:
@@ -212,6 +230,25 @@ def test_what_is_begun_goes_on_without_the_platform(scene: Scene) -> None:
     assert scene.post("tok-bob", "lib/app:v1", towerWorkspaceId=99).status == 200
 
 
+def test_a_platform_that_is_slow_holds_up_nobody_whom_it_has_known(scene: Scene) -> None:
+    target = scene.granted("tok-ana", "lab/late:v1")
+    scene.platform.tell(delay_s=4.0)
+    try:
+        scene.make_answers_old()
+        before = scene.platform.state()["sessions"].count("paired")
+        scene.restart_api()
+        scene.platform.wait_for(lambda sessions: sessions.count("paired") > before)
+        began = monotonic()
+        scene.wave.pull(target)
+        scene.wave.pull(scene.granted("tok-ana", "lab/app:v1"))
+        assert monotonic() - began < 3.5, "more than one answer was waited for"
+        refused = scene.post("tok-new", "lib/app:v1")
+        told = {"message": f"Timeout error connecting to '{ENDPOINT}' - HTTP status=408 - response=-"}
+        assert (refused.status, refused.json()) == (408, told)
+    finally:
+        scene.platform.tell(delay_s=0.0)
+
+
 @pytest.mark.skipif(not has_distribution(), reason="needs the program docker-registry")
 def test_a_private_image_is_mirrored_with_the_users_own_credentials_at_both_ends(scene: Scene) -> None:
     secret = {"discriminator": "container-reg", "userName": "user", "password": "secret"}
@@ -260,7 +297,7 @@ def test_nobody_gets_logins_from_the_port(scene: Scene, path: str, upgrade: dict
 def test_neither_tokens_nor_passwords_nor_licences_are_logged(scene: Scene) -> None:
     logged = scene.wave.stderr
     assert '"request"' in logged
-    for secret in (*USERS, "jwt-1", "jwt-2", "ref-1", "ref-2", PASSWORD, "licence-7"):
+    for secret in (*USERS, "jwt-1", "jwt-2", "ref-1", "ref-2", "ref-9", PASSWORD, "licence-7"):
         assert secret not in logged, secret
 
 

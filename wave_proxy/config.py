@@ -448,6 +448,7 @@ class PlatformSettings(_Section):
         2 * 86400.0, description="How long it lives at most, however long its run goes on."
     )
     run_check: Duration = Field(180.0, description="How often a Platform is asked whether the run goes on.")
+    timeout: Duration = Field(5.0, description="How long one answer of a Platform is waited for.")
     patience: Duration = Field(
         15.0, description="So long a Platform that does not answer is asked again, before the request fails."
     )

@@ -55,7 +55,7 @@ class Channel:
         self._call_s = call_s
         self._inbox = f"wave:platform:inbox:{token_hex(8)}"
         self._pending: dict[str, asyncio.Future[PlatformReply]] = {}
-        self._sessions: dict[str, list[_Session]] = {}  # by endpoint
+        self._sessions: dict[str, list[Session]] = {}  # by endpoint
         self._told_at = 0.0
 
     async def call(self, endpoint: str, call: PlatformCall) -> PlatformReply:
@@ -76,9 +76,9 @@ class Channel:
             del self._pending[name]
 
     @contextmanager
-    def session(self, endpoint: str, send: Send) -> Iterator["_Session"]:
+    def session(self, endpoint: str, send: Send) -> Iterator["Session"]:
         """Take calls for that endpoint, for as long as the session lasts; its ``run`` sends them."""
-        session = _Session(self, send)
+        session = Session(self, send)
         sessions = self._sessions.setdefault(_place(endpoint), [])
         sessions.append(session)
         try:
@@ -107,10 +107,12 @@ class Channel:
             try:
                 await self._tell()
                 await self._take()
-            except StateUnavailable:
-                await asyncio.sleep(_PAUSE_S)
+                continue
+            except StateUnavailable as err:
+                _log.debug("calls to Platforms wait", error=str(err))
             except Exception:
                 _log.exception("a message between processes is none")
+            await asyncio.sleep(_PAUSE_S)
 
     async def _tell(self) -> None:
         """Say every few seconds that the sessions are still there."""
@@ -155,7 +157,7 @@ class Channel:
             await pipe.execute()
 
 
-class _Session:
+class Session:
     """The calls of one session: those that wait to be sent, and those whose reply is awaited."""
 
     def __init__(self, channel: Channel, send: Send) -> None:
@@ -166,10 +168,12 @@ class _Session:
 
     @property
     def waiting(self) -> int:
+        """Calls that are not sent yet."""
         return self._calls.qsize()
 
     @property
     def has_room(self) -> bool:
+        """Whether it takes another call."""
         return not self._calls.full()
 
     def put(self, inbox: str, until: float, message: dict[str, Any]) -> None:
