@@ -76,6 +76,7 @@ class Mirrors:
                 place = Reference(self._lending.authority, path, spec.source_digest or image.reference)
                 lent, name = f"{place.registry}/{path}", f"{image.registry}/{image.repository}"
                 book.hide(lent, name)
+                book.hide(path, image.repository)
                 with _named({lent: name, path: image.repository}):
                     source = Source(reader, place, book.say)
                     with _reading():
@@ -145,8 +146,8 @@ def _pushing(source: Source) -> Iterator[None]:
     try:
         yield
     except WaveError as err:
-        unread = next(iter(source.failures.values()), None)
-        raise BuildFailed(_reason("source", unread) if unread else _reason("target", err)) from None
+        is_sources = any(err is failure for failure in source.failures.values())
+        raise BuildFailed(_reason("source" if is_sources else "target", err)) from None
 
 
 @contextmanager

@@ -18,8 +18,8 @@ _MAX_BYTES = 64 << 20  # of manifests, which are in memory
 class Source:
     """The image at ``place``, a name that wave-proxy gave for it; ``say`` is told what takes longer.
 
-    ``failures`` are what the last attempts to read blobs have raised, by digest, for whoever sees but a push that
-    broke off. ``skipped`` are the layers that nobody copies.
+    ``failures`` are what the last attempts to read blobs have raised, by digest: a push raises them too. ``skipped``
+    are the layers that nobody copies.
     """
 
     def __init__(self, registry: Registry, place: Reference, say: Callable[[str], None]) -> None:

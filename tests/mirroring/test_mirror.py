@@ -10,7 +10,7 @@ import pytest
 from bench.images import Family, Image, blob, descriptor, digest_of, image, index, layer
 from bench.upstream import Upstream
 from tests.identified import issue
-from tests.mirroring.scene import ADMIN, CONFIG, Scene, open_scene, until
+from tests.mirroring.scene import ADMIN, CONFIG, Scene, open_local_scene, open_scene, until
 from tests.servers import WaveProxy, distribution, has_distribution, http_request, pull, redis_server
 from wave_proxy.image.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 
@@ -151,3 +151,15 @@ def test_private_source_and_target(tmp_path: Path) -> None:
         assert found["digest"] == made.digest
         login = {"Authorization": "Basic dXNlcjpzZWNyZXQ="}
         assert pull(registry, "team/tool", "1.0", headers=login).digest == made.digest
+
+
+def test_a_local_repository_gets_no_blob_that_another_one_has(tmp_path: Path) -> None:
+    with open_local_scene(tmp_path) as scene:
+        base = layer({"base": "1"})
+        for name in ("first", "second"):
+            made = image([base, layer({"own": name})])
+            scene.source.add(f"lib/{name}", made, "1")
+            assert scene.mirrored(f"lib/{name}:1")["digest"] == made.digest
+            assert scene.pull(f"lib/{name}", "1").digest == made.digest
+        assert base.digest in scene.sent("lib/first")
+        assert base.digest not in scene.sent("lib/second")
