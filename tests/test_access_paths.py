@@ -358,9 +358,11 @@ def test_the_api_paths_of_our_own_parts_are_closed(wave: Callable[..., WaveProxy
         "/Internal/login",
         "/internal;x/../login",
         "/\\internal/login",
+        "/internal/login#",
+        "/internal/login#/../../x",
         "/internal",
         "/internal/",
     ):
         for method in ("GET", "POST", "HEAD"):
             answer = http_request(proxy.address, method, path + query)
-            assert answer.status in (404, 405), (path, answer.status)
+            assert answer.status in ((400,) if "#" in path else (404, 405)), (path, answer.status)

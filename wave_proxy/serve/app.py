@@ -52,8 +52,10 @@ class App:
         began, error = monotonic(), None
         registry = is_registry_path(request.target)
         try:
-            if not request.target.startswith("/"):
-                raise RequestInvalid(f"the request's target {clip(request.target)} is not a path that begins with /")
+            if not request.target.startswith("/") or "#" in request.target:
+                # Some stop reading at a "#", and what decides where a path leads must not be one of those that do not.
+                target = clip(request.target)
+                raise RequestInvalid(f"the request's target {target} is not a path that begins with /, and without #")
             reply = await (self._puller.answer(request) if registry else self._forwarder.answer(request))
         except WaveError as err:
             error, reply = err, _error_reply(err, registry)

@@ -17,6 +17,7 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 _KINDS: dict[str, Kind] = {"manifests": "manifest", "blobs": "blob"}
 _LOCAL_KINDS: dict[str, Kind] = {**_KINDS, "referrers": "referrers"}
 _READING = ("GET", "HEAD")
+_UPLOADS = "/blobs/uploads"
 _LOCAL_METHODS: dict[Kind, tuple[str, ...]] = {
     "manifest": (*_READING, "PUT", "DELETE"),
     "blob": (*_READING, "DELETE"),
@@ -72,11 +73,12 @@ def kind_of(target: str) -> str:
     """What a request target is about, for counting, well-formed or not: a Kind, or ``api``."""
     if not is_registry_path(target):
         return "api"
-    path = target.partition("?")[0]
-    parts = path.rsplit("/", 2)
-    if parts[-2:] == ["tags", "list"]:
-        return "tags"
-    return _LOCAL_KINDS.get(parts[-2], "upload" if "/blobs/uploads/" in path else "ping")
+    path = unquote(target.partition("?")[0], errors="replace")
+    folder, _, last = path.rpartition("/")
+    if path.endswith(_UPLOADS) or folder.endswith(_UPLOADS):
+        return "upload"
+    word = folder.rpartition("/")[2]
+    return "tags" if (word, last) == ("tags", "list") else _LOCAL_KINDS.get(word, "ping")
 
 
 def parse_route(method: str, target: str) -> Route:
