@@ -45,6 +45,8 @@ def test_endpoints_are_addresses(text: str) -> None:
         "https://a?b",
         "https://a#b",
         "https://a b",
+        "https://a\\.b/api",
+        "https://[::1].b/api",
         "https://ä",
     ],
 )

@@ -147,6 +147,12 @@ FAILURES = {
         "Unexpected status code 418 while accessing Tower resource: https://platform.example/api/user-info",
         "-",
     ),
+    "no-status": (
+        {"status": 9999},
+        502,
+        "Unexpected status code 9999 while accessing Tower resource: https://platform.example/api/user-info",
+        "-",
+    ),
     "cut": (
         {"cut": True},
         503,

@@ -13,6 +13,7 @@ from wave_proxy.errors import WaveError
 from wave_proxy.serve import http, tunnel
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.messages import Reply, Request
+from wave_proxy.serve.origin import ClientAddress
 from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import unix_session
 
@@ -102,6 +103,28 @@ async def test_what_one_side_does_not_take_the_other_can_not_send(sender: str, t
         assert await reader.readexactly(sent) == bytes(sent)
         writer.close()
         other.close()
+
+
+async def test_a_client_with_a_whole_network_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "MAX_OF_CLIENT", 2)
+    async with tunnelling(tmp_path) as (place, api):
+        place.server.addresses = ClientAddress(("127.0.0.1",))
+
+        async def ask(address: str) -> int:
+            reader, writer = await place.connect()
+            writer.write(ASK.replace(b"Host: a", b"Host: a\r\nX-Forwarded-For: " + address.encode()))
+            try:
+                return int((await reader.readline()).split()[1])
+            finally:
+                held.append(writer)
+
+        held: list[asyncio.StreamWriter] = []
+        tried = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1"]
+        assert [await ask(address) for address in tried] == [101, 101, 503, 101]
+        for writer in held:
+            writer.close()
+        while not api.accepted.empty():
+            (await api.accepted.get())[1].close()
 
 
 @pytest.mark.parametrize("limit", ["MAX_TUNNELS", "MAX_OF_CLIENT"])

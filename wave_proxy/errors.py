@@ -288,6 +288,7 @@ class PlatformError(WaveError):
     """
 
     def __init__(self, status: int, message: str, body: str = "") -> None:
+        status = status if 400 <= status < 600 else 502  # an error can't be answered with any other
         said = body if len(body) <= _MAX_BODY else f"{body[:_MAX_BODY]}…"
         super().__init__(f"{message} - HTTP status={status} - response={said or '-'}")
         self.status = status

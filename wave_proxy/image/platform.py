@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import md5
+from re import compile as compile_pattern
 from urllib.parse import urlsplit
 
 SERVICE = "tower"
 DEFAULT_ENDPOINT = "https://api.cloud.seqera.io"
+
+# A host that every reader of addresses takes for the same, or a pattern of such hosts; and a port.
+_AUTHORITY = compile_pattern(r"(?:[a-zA-Z0-9._*-]+|\[[0-9a-fA-F:]+\])(?::[0-9]+)?")
 
 # Hosts of former names of the Platform. Source: ``wave.md`` §4.2, vectors V18.
 _RENAMED = {"/api.tower.nf": "/api.cloud.seqera.io", "/api.stage-tower.net": "/api.cloud.stage-seqera.io"}
@@ -84,8 +88,8 @@ def is_endpoint(text: str) -> bool:
         port_is_valid = url.port is None or url.port > 0
     except ValueError:
         return False
-    plain = not (url.query or url.fragment or "@" in url.netloc) and text.isascii() and text.isprintable()
-    return url.scheme in ("http", "https") and bool(url.hostname) and plain and port_is_valid and " " not in text
+    plain = not (url.query or url.fragment) and text.isascii() and text.isprintable() and " " not in text
+    return url.scheme in ("http", "https") and bool(_AUTHORITY.fullmatch(url.netloc)) and plain and port_is_valid
 
 
 def matches_endpoint(endpoint: str, patterns: tuple[str, ...]) -> bool:

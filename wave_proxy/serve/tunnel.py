@@ -7,10 +7,11 @@ from contextlib import suppress
 
 from wave_proxy.errors import Overloaded, UpstreamUnavailable
 from wave_proxy.serve.messages import Body, Reply, Request
+from wave_proxy.state.networks import network_of
 from wave_proxy.upstream.egress import unix_connection
 
 MAX_TUNNELS = 64  # at once, of one worker
-MAX_OF_CLIENT = 16  # of these, from one address: who is not let in must not keep others out
+MAX_OF_CLIENT = 16  # of these, from one address (IPv6: /64): who is not let in must not keep others out
 _PREFIX = "/pairing/"
 _ANSWER_S = 30.0
 _READ_BYTES = 1 << 16
@@ -23,7 +24,7 @@ class Tunnels:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._open: Counter[str] = Counter()  # by the client's address
+        self._open: Counter[str] = Counter()  # by the client's network
 
     def lead_to(self, target: str) -> bool:
         """Whether a WebSocket may be opened there: for all else the wish to is ignored."""
@@ -34,17 +35,18 @@ class Tunnels:
 
         Raises Overloaded when too many are open, UpstreamUnavailable when the api does not answer.
         """
-        if self._open.total() >= MAX_TUNNELS or self._open[request.client] >= MAX_OF_CLIENT:
+        client = network_of(request.client)
+        if self._open.total() >= MAX_TUNNELS or self._open[client] >= MAX_OF_CLIENT:
             raise Overloaded("too many WebSockets are open here, and no more are taken; try again later")
-        self._open[request.client] += 1
+        self._open[client] += 1
         try:
             reader, writer = await unix_connection(self._path)
         except BaseException as err:
-            self.forget(request.client)
+            self.forget(client)
             if not isinstance(err, OSError):
                 raise
             raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
-        tunnel = _Tunnel(self, request.client, reader, writer, rest)
+        tunnel = _Tunnel(self, client, reader, writer, rest)
         try:
             return await tunnel.ask(request, headers)
         except BaseException:
@@ -52,7 +54,7 @@ class Tunnels:
             raise
 
     def forget(self, client: str) -> None:
-        """One from that address is closed."""
+        """One from that network is closed."""
         self._open[client] -= 1
         if not self._open[client]:
             del self._open[client]

@@ -179,7 +179,7 @@ def _failure(reply: PlatformReply, uri: str) -> PlatformError:
         case 404:
             return PlatformError(404, f"Tower resource not found: {uri}")
     text = f"Unexpected status code {reply.status} while accessing Tower resource: {uri}"
-    return PlatformError(reply.status if reply.status >= 400 else 502, text, reply.body)
+    return PlatformError(reply.status, text, reply.body)
 
 
 def _object(body: str, uri: str) -> dict[str, Any]:
