@@ -7,8 +7,9 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, sleep, time
 from typing import Any
 
 import pytest
@@ -51,6 +52,9 @@ level = "debug"
 """
 
 
+RUNS = 'run_lifetime = "3s"\nrun_check = "300ms"\n'
+
+
 def private_image(seed: int) -> Any:
     return image([layer({"secret.bin": random_blob(50_000, seed=seed)})], env=(f"A={seed}",))
 
@@ -81,11 +85,11 @@ class Scene:
         assert answer.status == 200, f"{answer.status} {answer.body!r}"
         return str(answer.json()["targetImage"])
 
-    def status_of_pull(self, target: str) -> int:
-        """One pull: of the manifest."""
+    def status_of_pull(self, target: str, method: str = "GET") -> int:
+        """One pull: of the manifest. A HEAD does not count."""
         repository, tag = split_image(target)
         headers = {"Accept": ACCEPT_MANIFESTS}
-        return http_request(self.wave.address, "GET", f"/v2/{repository}/manifests/{tag}", headers=headers).status
+        return http_request(self.wave.address, method, f"/v2/{repository}/manifests/{tag}", headers=headers).status
 
     def count(self, what: str, **query: str) -> dict[str, Any]:
         login = b64encode(b"admin:correct horse").decode()
@@ -132,7 +136,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         platform.tell(users=USERS, credentials={"c1": {**entry, "secret": secret}})
         folder = tmp_path_factory.mktemp("platform")
         target = stack.enter_context(distribution(folder, htpasswd=HTPASSWD)) if has_distribution() else ""
-        config = f'{CONFIG}{platform.config}timeout = "1s"\npatience = "1s"\n'
+        config = f'{CONFIG}{platform.config}timeout = "1s"\npatience = "1s"\n{RUNS}'
         upstreams = [address for address in (private.address, public.address, target) if address]
         wave = stack.enter_context(WaveProxy(folder / "data", workers=2, config=config, upstreams=upstreams))
         platform.pair(wave)
@@ -247,6 +251,22 @@ def test_a_platform_that_is_slow_holds_up_nobody_whom_it_has_known(scene: Scene)
         assert (refused.status, refused.json()) == (408, told)
     finally:
         scene.platform.tell(delay_s=0.0)
+
+
+def test_a_token_of_a_run_ends_soon_after_it(scene: Scene) -> None:
+    scene.platform.tell(workflows={"run-7": {"status": "RUNNING", "computeEnv": {}}})
+    answer = scene.post("tok-ana", "lab/tool:v1", workflowId="run-7")
+    ends = datetime.fromisoformat(answer.json()["expiration"]).timestamp()
+    assert 2 * 86400 - 60 < ends - time() < 2 * 86400 + 60, "what clients are told is for the whole run"
+    target, began = answer.json()["targetImage"], monotonic()
+    while monotonic() - began < 4.5:  # one and a half of its lives
+        assert scene.status_of_pull(target, "HEAD") == 200
+        sleep(0.3)
+    scene.platform.tell(workflows={"run-7": {"status": "SUCCEEDED", "computeEnv": {}}})
+    while scene.status_of_pull(target, "HEAD") == 200:
+        assert monotonic() - began < 20, "it does not end"
+        sleep(0.1)
+    assert scene.status_of_pull(target, "HEAD") == 404
 
 
 @pytest.mark.skipif(not has_distribution(), reason="needs the program docker-registry")

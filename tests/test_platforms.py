@@ -12,19 +12,22 @@ import pytest
 from api import remembered
 from api.identities import Claims
 from api.platforms import Platforms, choose
+from api.registries import Registries
 from api.remembered import Remembered
 from tests.platform.world import World
 from wave_proxy.errors import PlatformError, RequestInvalid, Unauthorized, UpstreamError
 from wave_proxy.image.platform import CredentialsEntry, PlatformCall, PlatformReply, TokenPair
+from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import Identity
 from wave_proxy.state.answers import Answers
 from wave_proxy.state.jwts import TokenPairs
 from wave_proxy.state.pairing import Pairings
 from wave_proxy.state.redis import Redis, connect
 from wave_proxy.upstream.aws import Ecr
-from wave_proxy.upstream.credentials import Login
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.platform import PlatformClient
+from wave_proxy.upstream.registry import Registry
 
 ENDPOINT = "https://platform.example/api"
 ANA = {"id": 7, "userName": "ana", "email": "ana@lab.org"}
@@ -325,6 +328,27 @@ async def test_credentials_that_can_not_be_read_are_an_error(redis_url: str) -> 
         place.world.credentials = registry_entry("c1", "quay.io", secret={"discriminator": "ssh"})
         with pytest.raises(UpstreamError, match="'ssh' are no login"):
             await place.login("quay.io")
+
+
+async def test_a_users_own_login_goes_before_the_configured_one_and_jobs_get_his_alone(redis_url: str) -> None:
+    async with stage(redis_url) as place:
+        place.world.credentials = registry_entry("c1", "quay.io") | registry_entry("c2", "ghcr.io/lab")
+        egress = Egress({})
+        registry, ours = Registry(egress, Credentials({})), Login("site", "s")
+        configured = Credentials({"quay.io": ours, "docker.io": ours}, {"docker.io": ["*"]})
+        registries = Registries(registry, configured, "wave.example/local", place.platforms)
+        ana, nobody = await place.platforms.identify(CLAIMS, ""), Identity()
+        assert await registries.find_login(ana, "quay.io", "a") == Login("u-c1", "p-c1")
+        assert await registries.find_login(nobody, "quay.io", "a") == ours
+        # What is configured for known users is for those whom this server itself knows.
+        assert await registries.find_login(ana, "docker.io", "a") is None
+        images = [
+            parse_reference(name) for name in ("quay.io/a", "ghcr.io/lab/b", "docker.io/c", "wave.example/local/d")
+        ]
+        assert await registries.logins_for(ana, *images) == (("quay.io", "u-c1", "p-c1"), ("ghcr.io", "u-c2", "p-c2"))
+        assert await registries.logins_for(nobody, *images) == ()
+        await registry.close()
+        await egress.close()
 
 
 # --- a Platform that is away -------------------------------------------------------------------------------------
