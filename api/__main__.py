@@ -168,7 +168,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     groups: tuple[Endpoints, ...] = (*jobs, scan_endpoints, inspections, checks, metrics, *paired)
     site = Site(tokens, builds, reports, scans, containers, inspections, settings.authority)
     pages = (site,) if settings.pages.enabled else ()
-    return create_app(containers, (*groups, *pages), partial(check, redis), settings.public_url)
+    urls = (settings.public_url, settings.pages.landing_url)
+    return create_app(containers, (*groups, *pages), partial(check, redis), *urls)
 
 
 def _egress(settings: Settings, endpoints: dict[str, Endpoint], stack: AsyncExitStack) -> Egress:

@@ -1,6 +1,7 @@
 """The REST application: its routes, and how errors become answers."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from http import HTTPStatus
 from typing import Protocol, cast
 
 from starlette.applications import Starlette
@@ -16,7 +17,7 @@ from api.pages.assets import Assets
 from api.pages.reference import ReferencePage
 from api.reference import Reference
 from api.replies import framework_error, json_reply
-from api.service import Health, favicon, landing, robots, service_info
+from api.service import Health, Landing, favicon, robots, service_info
 from api.shield import Shield
 from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, TooManyRequests, Unauthorized, WaveError
 
@@ -30,9 +31,16 @@ class Endpoints(Protocol):
 
 
 def create_app(
-    containers: Containers, others: Iterable[Endpoints], check_state: Callable[[], Awaitable[None]], public_url: str
+    containers: Containers,
+    others: Iterable[Endpoints],
+    check_state: Callable[[], Awaitable[None]],
+    public_url: str,
+    landing_url: str = "",
 ) -> Starlette:
-    """The application: container requests and ``others``. ``check_state`` raises StateUnavailable without Redis."""
+    """The application: container requests and ``others``.
+
+    ``check_state`` raises StateUnavailable without Redis; ``landing_url`` is where the address without a path leads to.
+    """
     reference = Reference(public_url)
     app = Starlette(
         routes=[
@@ -41,7 +49,7 @@ def create_app(
             *reference.routes,
             *ReferencePage(lambda: reference.document).routes,
             *Assets().routes,
-            *map(route_of, (service_info, Health(check_state).show, robots, favicon, landing)),
+            *map(route_of, (service_info, Health(check_state).show, robots, favicon, Landing(landing_url).show)),
         ],
         middleware=[Middleware(Shield)],
         exception_handlers={WaveError: _answer_error, HTTPException: _answer_framework_error},
@@ -80,7 +88,7 @@ async def _answer_framework_error(request: Request, error: Exception) -> Respons
     path = request.url.path
     if failure.status_code != 405:
         text = "Page Not Found" if failure.status_code == 404 else failure.detail
-        return framework_error(path, failure.status_code, failure.detail, text)
+        return framework_error(path, failure.status_code, HTTPStatus(failure.status_code).phrase, text)
     allowed = ", ".join(_methods_of(request))
     text = f"Method [{request.method}] not allowed for URI [{path}]. Allowed methods: [{allowed}]"
     return framework_error(path, 405, failure.detail, text, {"Allow": allowed})

@@ -6,17 +6,25 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
-from wave_proxy.errors import BodyTooLarge, RequestInvalid, clip
+from api.callers import is_from_other_site
+from wave_proxy.errors import BodyTooLarge, Denied, RequestInvalid, clip
 
 # Small values take many times their own length in memory; a request has some hundred of them.
 MAX_COMMAS = 200_000
+
+# What browsers send for any page without asking first. Source: Fetch standard, "CORS-safelisted request-header".
+_FORMS = frozenset({"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"})
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object that a request carries, whatever its content type.
 
-    Raises BodyTooLarge, before anything was read where the length is announced; RequestInvalid.
+    Raises Denied for one that a page of another site has made a browser send; BodyTooLarge, before anything was read
+    where the length is announced; RequestInvalid.
     """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type in _FORMS and is_from_other_site(request):
+        raise Denied("A form on a page of another site can't be sent here")
     return decode_object(await _read(request, max_bytes))
 
 

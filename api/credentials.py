@@ -15,7 +15,7 @@ from wave_proxy.upstream.logins import LoginChecks
 _GROUP = "Credentials"
 _PER_MINUTE = 30
 _ANSWERS = {200: Answer("Whether the registry takes them.", bool)} | {
-    status: ASKING_UPSTREAM[status] for status in (400, 413, 429)
+    status: ASKING_UPSTREAM[status] for status in (400, 403, 413, 429)
 }
 
 

@@ -79,7 +79,6 @@ class Described:
     text: str
 
 
-JSON = "application/json"
 TEXT = "text/plain"  # Starlette adds the charset
 HTML = "text/html"
 
@@ -105,7 +104,10 @@ LOGIN: Mapping[int, Answer] = {
 ASKING_UPSTREAM: Mapping[int, Answer] = {
     400: INVALID,
     401: Answer("The access token is not valid.", headers=_CHALLENGE),
-    403: Answer("A Platform refuses this user. Its other errors are handed on as well.", Message),
+    403: Answer(
+        "A Platform refuses this user (its other errors are handed on as well), or the form is one of another site.",
+        Message,
+    ),
     404: Answer("A Platform does not know what is asked of it.", Message),
     408: Answer("A Platform does not answer in time.", Message),
     412: Answer("A Platform gives no new token for one that has expired.", Message),

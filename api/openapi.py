@@ -7,7 +7,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 from starlette.routing import compile_path
 
-from api.endpoints import JSON, Answer, Described, Endpoint, Login, Parameter, Schema
+from api.endpoints import Answer, Described, Endpoint, Login, Parameter, Schema
+from api.replies import JSON
 from api.shapes import Document, Message
 from wave_proxy import __version__
 

@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from api.endpoints import JSON, Answer, declared, describe, endpoint, routes_of
+from api.endpoints import Answer, declared, describe, endpoint, routes_of
 from api.openapi import document
+from api.replies import JSON
 from api.shapes import Document
 
 

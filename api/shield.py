@@ -1,40 +1,13 @@
-"""What surrounds every answer: security headers, no crawlers, and an answer where something unforeseen happens."""
+"""An answer where something unforeseen happens."""
 
 from re import compile as compile_pattern
 from secrets import token_hex
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.replies import json_reply
-
-# Source: ``wave.md`` §0.5.
-SECURITY_HEADERS = {
-    "Strict-Transport-Security": "max-age=31536000; includeSubDomains",
-    "X-Frame-Options": "DENY",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "strict-origin-when-cross-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
-    "Content-Security-Policy": (
-        "default-src 'self'; style-src 'self' https://fonts.googleapis.com; font-src https://fonts.gstatic.com; "
-        "img-src 'self' data:; frame-ancestors 'none'"
-    ),
-}
-CRAWLERS = (
-    "googlebot",
-    "bingbot",
-    "yandexbot",
-    "baiduspider",
-    "duckduckbot",
-    "slurp",
-    "facebot",
-    "twitterbot",
-    "mj12bot",
-    "ahrefsbot",
-)
 
 _TOKEN = compile_pattern(r"[0-9a-f]{12,}")
 
@@ -51,18 +24,13 @@ class Shield:
             return
         started = False
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_and_tell(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            app = Response(status_code=405) if _is_crawler(scope) else self._app
-            await app(scope, receive, send_with_headers)
+            await self._app(scope, receive, send_and_tell)
         except ClientDisconnect:
             pass
         except Exception as err:
@@ -72,9 +40,4 @@ class Shield:
             if started:
                 raise
             reply = json_reply({"message": f"Unexpected error - Error ID: {error_id}"}, 500)
-            await reply(scope, receive, send_with_headers)
-
-
-def _is_crawler(scope: Scope) -> bool:
-    agent = Headers(scope=scope).get("user-agent", "").lower()
-    return scope["path"] != "/robots.txt" and any(name in agent for name in CRAWLERS)
+            await reply(scope, receive, send)

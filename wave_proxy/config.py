@@ -178,11 +178,49 @@ class HttpSettings(_Section):
     write_timeout: Duration = Field(120.0, description="A client that takes no byte for this long is cut off.")
     max_header_bytes: Size = Field(65536, description="Limit on a request's head.")
     max_body_bytes: Size = Field(64_000_000, description="Limit on an API request's body.")
+    deny_paths: tuple[str, ...] = Field(
+        (), description='Paths, such as `["/v1alpha1/inspect"]`, that are closed: exactly these get status 405.'
+    )
     trusted_proxies: tuple[TrustedProxy, ...] = Field(
         (),
         description='Addresses and networks (`["10.0.0.0/8", "::1"]`) of the load balancers in front, `"unix"` for one '
         "on a Unix socket: of a request from these, `X-Forwarded-For` tells the client's address, and of others never.",
     )
+
+
+class SecurityHeaderSettings(_Section):
+    """Headers that go with every answer of the port, for browsers. An empty text leaves one out.
+
+    Pages have a stricter `Content-Security-Policy` of their own.
+    """
+
+    enabled: bool = Field(True, description="`false`: none of them.")
+    strict_transport_security: str = Field(
+        "max-age=31536000; includeSubDomains",
+        description="`Strict-Transport-Security`; browsers heed it with TLS only.",
+    )
+    x_frame_options: str = Field("DENY", description="`X-Frame-Options`.")
+    x_content_type_options: str = Field("nosniff", description="`X-Content-Type-Options`.")
+    referrer_policy: str = Field("strict-origin-when-cross-origin", description="`Referrer-Policy`.")
+    permissions_policy: str = Field("camera=(), microphone=(), geolocation=()", description="`Permissions-Policy`.")
+    content_security_policy: str = Field(
+        "default-src 'self'; style-src 'self' https://fonts.googleapis.com; font-src https://fonts.gstatic.com; "
+        "img-src 'self' data:; frame-ancestors 'none'",
+        description="`Content-Security-Policy`.",
+    )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that are sent, by their names."""
+        values = {name.replace("_", "-").title(): getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if name != "Enabled" and value} if self.enabled else {}
+
+    @field_validator("*")
+    @classmethod
+    def _is_one_line(cls, value: object) -> object:
+        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+            raise ValueError("expected one line of ASCII characters")
+        return value
 
 
 class CacheSettings(_Section):
@@ -390,6 +428,14 @@ class PagesSettings(_Section):
     """Pages for people at `/view/…`, which clients print the addresses of."""
 
     enabled: bool = Field(True, description="Whether there are any.")
+    landing_url: str = Field("", description="Where the address without a path leads; empty: it is answered with 400.")
+
+    @field_validator("landing_url")
+    @classmethod
+    def _has_scheme(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("expected an address that begins with http:// or https://")
+        return value
 
 
 class LocalSettings(_Section):
@@ -508,6 +554,7 @@ class Settings(BaseModel):
     )
     # Constructed, not validated: a process that gets its settings handed down never builds what validates them (4 MB).
     http: HttpSettings = HttpSettings.model_construct()
+    security_headers: SecurityHeaderSettings = SecurityHeaderSettings.model_construct()
     cache: CacheSettings = CacheSettings.model_construct()
     upstream: UpstreamSettings = UpstreamSettings.model_construct()
     tokens: TokenSettings = TokenSettings.model_construct()

@@ -7,8 +7,9 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from api.endpoints import HTML, JSON, Answer, endpoint, routes_of
+from api.endpoints import HTML, Answer, endpoint, routes_of
 from api.pages.render import page
+from api.replies import JSON
 from api.shapes import Document
 
 

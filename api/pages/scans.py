@@ -2,14 +2,14 @@
 
 from datetime import datetime
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from api.body import read_text
-from api.callers import client_address
+from api.callers import client_address, is_from_other_site
 from api.containers import Containers
 from api.endpoints import ASKING_UPSTREAM, HTML, NOT_HERE, Answer, endpoint, routes_of
 from api.pages.formats import format_duration
@@ -30,7 +30,7 @@ _FORM = "application/x-www-form-urlencoded"
 _KINDS = {"LOW": "good", "MEDIUM": "going", "HIGH": "bad", "CRITICAL": "bad", "UNKNOWN": "going"}
 _REFUSALS = {
     status: Answer(answer.text, media_types=(HTML,), headers=answer.headers)
-    for status, answer in {**ASKING_UPSTREAM, 403: Answer("The form stands on another site."), 501: NOT_HERE}.items()
+    for status, answer in {**ASKING_UPSTREAM, 501: NOT_HERE}.items()
 }
 
 
@@ -77,7 +77,7 @@ class ScanPages:
         The body is the image's name: as it is, as JSON, or as the member `image` of a form.
         """
         try:
-            if not self._is_ours(request):
+            if is_from_other_site(request, self._authority):
                 return message("Scan", "This form can only be sent from this site's own pages.", 403)
             image = _image_of(await read_text(request, _MAX_BODY_BYTES), request.headers.get("content-type", ""))
             document = {"containerImage": image, "scanMode": "required"}
@@ -85,11 +85,6 @@ class ScanPages:
         except WaveError as err:
             return _refused(err)
         return RedirectResponse(path_of("scan", answer["scanId"]), 301, {"Cache-Control": "no-store"})
-
-    def _is_ours(self, request: Request) -> bool:
-        """Whether no other site's page has made a browser send this."""
-        origin = request.headers.get("origin")
-        return origin is None or urlsplit(origin).netloc in (self._authority, request.headers.get("host"))
 
     async def _show(self, record: BuildRecord) -> Response:
         found = await self._reports.find_vulnerabilities(record.build_id) if record.succeeded else []

@@ -49,6 +49,7 @@ from wave_proxy.serve.push import BodyLimit, Pusher
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.resolve import Resolver
 from wave_proxy.serve.stats import RequestStats
+from wave_proxy.serve.surround import Surround
 from wave_proxy.serve.tls import server_context
 from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.state.accounts import Accounts
@@ -147,7 +148,15 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     puller = Puller(resolver, repositories, augmenter, layers, tokens, quotas, usage, holds, pusher, lifetimes)
     app = App(puller, forwarder, stats, settings.log.requests)
     limits = _limits(settings)
-    server = Server(app, limits, ClientAddress(settings.http.trusted_proxies), ready, BodyLimit(limits.max_body_bytes))
+    headers = settings.security_headers.headers
+    server = Server(
+        Surround(app, headers, settings.http.deny_paths),
+        limits,
+        ClientAddress(settings.http.trusted_proxies),
+        ready,
+        BodyLimit(limits.max_body_bytes),
+        headers,
+    )
     if folder := os.environ.get("WAVE_METRICS_FOLDER"):
         counted = (stats, fills.stats, registry.stats, evictor.stats, quotas.stats)
         sources = Sources(*counted, lambda: len(server.connections), partial(check, redis))

@@ -115,7 +115,8 @@ def _error_reply(err: WaveError, registry: bool) -> Reply:
         content = orjson.dumps({"errors": [{"code": err.code, "message": str(err)}]})
         headers = [("Content-Type", "application/json"), NO_SNIFFING, API_VERSION]
     else:
-        content = orjson.dumps({"message": str(err)})
+        # Spelled so that nothing in it could begin an element of HTML.
+        content = orjson.dumps({"message": str(err)}).replace(b"<", b"\\u003c")
         headers = [("Content-Type", "application/json"), NO_SNIFFING]
     if err.retry_after_s is not None:
         headers.append(("Retry-After", str(err.retry_after_s)))

@@ -7,7 +7,7 @@ the other, in order; while one is answered, a few more may wait parsed, and afte
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from re import IGNORECASE
@@ -64,8 +64,13 @@ class Server:
         addresses: ClientAddress | None = None,
         ready: ReadyReplies | None = None,
         body_limit: BodyLimit | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Without ``body_limit``, that of ``limits`` is for every request."""
+        """Without ``body_limit``, that of ``limits`` is for every request.
+
+        ``headers`` go with the answers to what is no request, which no handler sees.
+        """
+        self.headers = list((headers or {}).items())
         self.body_limit = body_limit or (lambda method, target: limits.max_body_bytes)
         self.handler = handler
         self.limits = limits
@@ -412,7 +417,8 @@ class Connection(asyncio.Protocol):
         endings = self._ready.endings if self._ready is not None else 0
         if request.malformed:
             status, _, message = request.malformed.partition(" ")
-            reply = Reply(int(status), [("Content-Type", "text/plain")], message.encode() + b"\n", close=True)
+            headers = [("Content-Type", "text/plain"), *self._server.headers]
+            reply = Reply(int(status), headers, message.encode() + b"\n", close=True)
         else:
             reply = await self._server.handler(request)
         try:
