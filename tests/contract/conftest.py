@@ -29,7 +29,7 @@ class Service(NamedTuple):
         return self.wave.address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One that takes builds, every one of which fails at once: BuildKit is not where it is said to be."""
     with Upstream() as registry:
