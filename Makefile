@@ -14,7 +14,7 @@ help:
 	@echo 'make bench   wave-proxy beside nginx and distribution, a quick run (ARGS="--only warm-manifest" for a part)'
 	@echo 'make bench-kernels   the Cython kernels beside plain Python'
 	@echo 'make venv    only the environment for development: .venv, with the kernels compiled in place'
-	@echo 'make docs    write docs/configuration.md from the code'
+	@echo 'make docs    write docs/configuration.md and docs/api.md from the code'
 	@echo 'make dist    source distribution and wheel, in dist/'
 	@echo 'make clean   remove what the commands above have made, .venv too'
 
@@ -45,6 +45,7 @@ venv: .venv/.ready-check
 
 docs: .venv/.ready-runtime
 	$(PYTHON) scripts/document-configuration.py >docs/configuration.md
+	$(PYTHON) scripts/document-api.py >docs/api.md
 
 dist: .venv/.ready-test
 	$(PYTHON) -m build

@@ -1,6 +1,11 @@
 """The OpenAPI document: whole, true to the code, and valid."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +14,8 @@ from starlette.routing import Route
 from api.endpoints import declared, describe
 from tests.api_server import ApiServer
 from tests.servers import redis_server
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +69,12 @@ def test_every_member_of_a_request_is_in_the_document(document: dict[str, Any]) 
 def test_the_server_is_the_one_that_clients_reach(document: dict[str, Any]) -> None:
     assert document["openapi"] == "3.1.0"
     assert document["servers"] == [{"url": "http://wave.example:9090"}]
+
+
+def test_the_page_in_docs_is_what_the_code_gives(document: dict[str, Any]) -> None:
+    script, environment = ROOT / "scripts" / "document-api.py", {**os.environ, "PYTHONPATH": str(ROOT)}
+    written = subprocess.run([sys.executable, script], env=environment, check=True, capture_output=True, text=True)
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert page == written.stdout, "docs/api.md is out of date: run `make docs`"
+    told = set(re.findall(r"^\| `(\w+ [^`?]+)", page, re.MULTILINE))
+    assert told == operations(document).keys()
