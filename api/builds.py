@@ -1,8 +1,6 @@
 """Builds over the wire: how they stand, their logs as they grow, their Conda lock, and their end on request."""
 
-from math import inf
 from re import compile as compile_pattern
-from time import time
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +9,10 @@ from api.build_answers import build_status, described_build
 from api.callers import client_address
 from api.endpoints import LOGIN, TEXT, UNKNOWN, Answer, endpoint, routes_of
 from api.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
-from api.replies import json_reply, repeated_for
+from api.replies import json_reply, repeated
 from api.scan_orders import ScanOrders
 from api.shapes import Build, BuildStatus, Message
-from api.statuses import repeated_s
+from api.statuses import REPEATED_S
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildStore
@@ -53,8 +51,7 @@ class Builds:
         record = await self._find(request)
         if record is None:
             return Response(status_code=404)
-        repeated = repeated_for(repeated_s(record, now=time(), ends=inf))
-        return json_reply(build_status(record), headers=repeated)
+        return json_reply(build_status(record), headers=repeated(REPEATED_S, record.build_id))
 
     @endpoint(
         "GET",

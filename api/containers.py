@@ -35,13 +35,13 @@ from api.mirroring import Mirroring
 from api.orders import Orders
 from api.planning import wants_build
 from api.registries import Registries
-from api.replies import json_reply, repeated_for
+from api.replies import json_reply, repeated
 from api.rules import check_known, check_rules, check_supported
 from api.runs import Runs
 from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
-from api.statuses import container_status, repeated_s
+from api.statuses import REPEATED_S, container_status
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
@@ -183,9 +183,10 @@ class Containers:
             if scan is None:
                 return json_reply({"message": f"Missing container scan record with id: {scan_id}"}, 404)
         known = [scan for scan in scans if scan]
-        repeated = repeated_for(repeated_s(build, now=now, ends=record.request.expires), record.token)
         answer = container_status(record, build, known, now=now, public_url=self._public_url)
-        return json_reply(answer, headers=repeated)
+        jobs = [job.build_id for job in (build, *(scan.record for scan in known)) if job is not None]
+        seconds = min(REPEATED_S, record.request.expires - now)
+        return json_reply(answer, headers=repeated(seconds, record.token, *jobs))
 
     @endpoint(
         "GET",

@@ -21,12 +21,12 @@ def json_reply(document: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(content, status, {**_NO_SNIFFING, **(headers or {})}, JSON)
 
 
-def repeated_for(seconds: float, token: str = "") -> dict[str, str]:
+def repeated(seconds: float, *names: str) -> dict[str, str]:
     """The header by which the proxy in front, which takes it off, may give an answer to all who ask for the same.
 
-    It does so for that long, while ``token`` lives.
+    It does so for that long, as long as none of the tokens and jobs with these ``names`` ends or changes.
     """
-    return {"X-Wave-Repeat": f"{seconds:.3f} {token}".rstrip()}
+    return {"X-Wave-Repeat": " ".join((f"{max(seconds, 0.0):.3f}", *names))}
 
 
 def framework_error(

@@ -8,7 +8,7 @@ from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.scan import Scan
 from wave_proxy.state.tokens import TokenRecord
 
-_REPEATED_S, _MAX_REPEATED_S = 1.0, 5.0
+REPEATED_S = 15.0  # a change ends that sooner; only where the word of it is lost this is how long that goes unseen
 _SCAN = "Container security scan"
 _KINDS = {"build": "builds", "mirror": "mirrors", "scan": "scans"}
 
@@ -42,15 +42,6 @@ def container_status(
     verdicts = [_judged(scan, request.scan_levels, public_url) for scan in scans]
     verdict = next((one for one in verdicts if not one["succeeded"]), verdicts[-1])
     return filled({**answer, **_duration(job, longest), **verdict})
-
-
-def repeated_s(job: BuildRecord | None, *, now: float, ends: float) -> float:
-    """For how many seconds a status may be repeated: who waits long learns of the end a twentieth later, 5 s at most.
-
-    ``ends`` is when the request's token does, in epoch seconds as ``now``.
-    """
-    waited_s = now - job.created if job is not None and job.phase != "done" else 0.0
-    return max(min(max(waited_s / 20, _REPEATED_S), _MAX_REPEATED_S, ends - now), 0.0)
 
 
 def details_uri(public_url: str, job: BuildRecord) -> str:

@@ -41,6 +41,7 @@ from bench.peers import (
     stage,
 )
 from bench.plan import MB, WORKERS, Plan, alternate, blob_image, check_all, failures_of, small_image
+from bench.polls import status
 from bench.quotas import quota, redis_away
 from bench.report import Goal, Result
 from bench.scale import connections, tokens
@@ -347,6 +348,7 @@ SCENARIOS: dict[str, Callable[[Plan], Iterator[Result]]] = {
     "redis-away": redis_away,
     "connections": connections,
     "tokens": tokens,
+    "status": status,
     "start": start,
 }
 

@@ -238,14 +238,14 @@ async def test_a_request_with_a_body_gets_an_answer_of_its_own(tmp_path: Path, r
 async def test_nothing_is_repeated_of_a_token_that_has_ended(tmp_path: Path, redis_url: str) -> None:
     async with repeating(tmp_path, redis_url) as port:
         await port.ask()
-        port.ready.forget_token(TOKEN)
+        port.ready.forget(TOKEN)
         await port.ask()
         assert len(port.api.asked) == 2
         port.api.open.clear()
-        port.ready.forget_token(TOKEN)
+        port.ready.forget(TOKEN)
         asking = asyncio.create_task(port.ask())
         await until(lambda: len(port.api.asked) == 3)
-        port.ready.forget_token(TOKEN)  # while the api answers
+        port.ready.forget(TOKEN)  # while the api answers
         port.api.open.set()
         await asking
         await port.ask()

@@ -458,11 +458,11 @@ async def test_memory_is_bounded(redis_url: str, monkeypatch: pytest.MonkeyPatch
             assert wire.content.endswith(b"x" * 1000)
             for variant in range(3):
                 kept.remember(f"{number} {variant}".encode(), wire)
-        assert len(kept._replies) == len(kept._by_token) == 100_000 // (3 * 1000 + 2000 + len("/v2/999"))
+        assert len(kept._replies) == len(kept._by_name) == 100_000 // (3 * 1000 + 2000 + len("/v2/999"))
         assert len(kept._requests) <= 50
         assert kept.answer(asked(0)[0]) is None
         kept.clear()
-        assert (kept._bytes, kept._replies, kept._by_token) == (0, {}, {})
+        assert (kept._bytes, kept._replies, kept._by_name) == (0, {}, {})
 
 
 def keep_and_remember(kept: ReadyReplies) -> tuple[Request, Wire]:
@@ -478,7 +478,7 @@ def keep_and_remember(kept: ReadyReplies) -> tuple[Request, Wire]:
 async def test_what_was_dropped_is_kept_alive_by_nothing(redis_url: str) -> None:
     async with replies(redis_url) as kept:
         _, wire = keep_and_remember(kept)
-        kept.forget_token("a" * 32)
+        kept.forget("a" * 32)
         assert (wire.content, wire.ready.body, wire.ready.reply.body) == (b"", b"", b"")
 
 
@@ -505,9 +505,9 @@ async def test_what_was_dropped_is_not_found_by_its_bytes(redis_url: str) -> Non
     async with replies(redis_url) as kept:
         request, wire = keep_and_remember(kept)
         assert kept.answer_bytes(b"the same bytes", "192.0.2.1") is wire
-        kept.forget_token("b" * 32)
+        kept.forget("b" * 32)
         assert kept.answer_bytes(b"the same bytes", "192.0.2.1") is wire
-        kept.forget_token("a" * 32)
+        kept.forget("a" * 32)
         assert kept.answer_bytes(b"the same bytes", "192.0.2.1") is None
         assert kept.answer(request) is None
 

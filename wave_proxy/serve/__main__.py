@@ -38,6 +38,7 @@ from wave_proxy.serve.augment import Augmenter
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.hold import Holds
 from wave_proxy.serve.http import Limits, Server
+from wave_proxy.serve.jobs import follow_jobs
 from wave_proxy.serve.layers import Layers
 from wave_proxy.serve.lifetimes import Lifetimes
 from wave_proxy.serve.login import Logins
@@ -137,9 +138,11 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     layers = Layers(repositories, registry, blobs, tokens, access)
     forwarder = Forwarder(unix_session(api), Tunnels(api))
     stack.push_async_callback(forwarder.close)
-    for coroutine in (resolver.follow_deletions(), evictor.run(), quotas.run(), usage.run(), usage.follow_days()):
+    builds = BuildStore(redis, BuildLimits(settings.build.max_running))
+    followers = (resolver.follow_deletions(), follow_jobs(builds, ready), usage.follow_days())
+    for coroutine in (*followers, evictor.run(), quotas.run(), usage.run()):
         stack.push_async_callback(cancel, background.create_task(coroutine))
-    holds = Holds(BuildStore(redis, BuildLimits(settings.build.max_running)), settings.build.pull_wait)
+    holds = Holds(builds, settings.build.pull_wait)
     stack.push_async_callback(holds.close)
     uploads = Uploads(settings.data, local, evictor, settings.local.max_blob_bytes)
     stack.callback(uploads.close)

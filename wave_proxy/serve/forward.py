@@ -20,7 +20,8 @@ _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )
 _CLIENT_HEADER = "x-wave-client"
-# From the api, and for us alone: for so many seconds, while that token lives, who asks for the same gets this answer.
+# From the api, and for us alone: for so many seconds, while that token lives and those jobs stay as they are, who asks
+# for the same gets this answer. Seconds, then names of tokens and jobs, between blanks.
 _REPEAT_HEADER = "x-wave-repeat"
 _REPEATED = "/status"  # what these targets end with: thousands ask for them several times a second
 _REPEATED_BYTES = 1 << 14
@@ -133,10 +134,10 @@ def _reply(response: aiohttp.ClientResponse) -> Reply:
 
 def _terms(response: aiohttp.ClientResponse) -> Terms | None:
     """On which terms the api lets us repeat its answer; None when it does not."""
-    seconds, _, token = response.headers.get(_REPEAT_HEADER, "").partition(" ")
+    seconds, *names = response.headers.get(_REPEAT_HEADER, "").split() or [""]
     if response.status != 200 or not seconds:
         return None
-    return Terms(until=monotonic() + float(seconds), token=token, kind="api", state="hit")
+    return Terms(until=monotonic() + float(seconds), token="", kind="api", state="hit", ended_by=tuple(names))
 
 
 class _Stream:

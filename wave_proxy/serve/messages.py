@@ -74,7 +74,8 @@ class Terms:
     what it counts as. ``changes`` is what local repositories said of their changes, None for an image that is in none:
     the terms end when they say something else. ``confirmed`` (epoch seconds) is what its Age counts from, None when
     that stays as it is. With ``is_pull`` each time is a pull of that user, or of the client's address when there is no
-    ``email``, and for that ``architecture``, as far as it is known.
+    ``email``, and for that ``architecture``, as far as it is known. ``ended_by`` are names of jobs, which end the
+    terms when they change, and of tokens.
     """
 
     until: float
@@ -87,6 +88,12 @@ class Terms:
     email: str = ""
     fusion: bool = False
     architecture: str = ""
+    ended_by: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The token and all else that ends the terms."""
+        return (self.token, *self.ended_by) if self.token else self.ended_by
 
 
 @dataclass(slots=True)

@@ -69,10 +69,10 @@ class ReadyReplies:
         self._stats = stats
         self._replies: OrderedDict[tuple[str, str], _Ready] = OrderedDict()  # oldest first
         self._bytes = 0
-        self._by_token: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+        self._by_name: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
         self._requests: dict[bytes, Wire] = {}
         self._requests_bytes = 0
-        self.endings = 0  # of tokens: see keep()
+        self.endings = 0  # of tokens, and changes of jobs: see keep()
 
     def answer_bytes(self, data: bytes, client: str) -> Wire | None:
         """The answer to what a client has sent, if it is one whole request that was answered before."""
@@ -101,30 +101,30 @@ class ReadyReplies:
         """Keep a reply that says on which terms it may be given again.
 
         ``endings`` is what that counter said before the request's token was looked up: the token of a request that
-        took longer may have ended meanwhile.
+        took longer may have ended meanwhile, and a job have changed.
         """
         terms = reply.terms
         if terms is None or request.body.received or not isinstance(reply.body, bytes):
             return
-        if terms.token and endings != self.endings:
+        if terms.names and endings != self.endings:
             return
         key = request.method, request.target
         self._drop(key)
         ready = self._replies[key] = self._make(request, reply, terms)
         self._bytes += ready.size
-        if terms.token:
-            self._by_token[terms.token].add(key)
+        for name in terms.names:
+            self._by_name[name].add(key)
         while self._bytes > _REPLIES_BYTES:
             self._drop(next(iter(self._replies)))
 
-    def forget_token(self, token: str) -> None:
-        """Drop what was kept for a token, which has ended."""
+    def forget(self, name: str) -> None:
+        """Drop what was kept for a token, which has ended, or a job, which has changed."""
         self.endings += 1
-        for key in list(self._by_token.get(token, ())):
+        for key in list(self._by_name.get(name, ())):
             self._drop(key)
 
     def clear(self) -> None:
-        """Drop everything, as tokens may have ended."""
+        """Drop everything, as tokens may have ended and jobs have changed."""
         self.endings += 1
         for key in list(self._replies):
             self._drop(key)
@@ -152,11 +152,11 @@ class ReadyReplies:
             return
         ready.end()
         self._bytes -= ready.size
-        keys = self._by_token.get(ready.terms.token)
-        if keys is not None:
+        for name in ready.terms.names:
+            keys = self._by_name[name]
             keys.discard(key)
             if not keys:
-                del self._by_token[ready.terms.token]
+                del self._by_name[name]
 
     def _admits(self, wire: Wire, client: str) -> bool:
         """Whether the answer may be given now; it is counted then."""

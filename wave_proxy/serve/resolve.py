@@ -157,7 +157,7 @@ class Resolver:
                     self._deletions += 1
                     if token:
                         self._forget(token)
-                        self._ready.forget_token(token)
+                        self._ready.forget(token)
                     else:  # what was announced before is lost: look every token up again
                         self._memory.clear()
                         self._bytes = 0

@@ -10,13 +10,14 @@ import orjson
 
 from wave_proxy.image.build import BuildRecord, BuildSpec, Phase, spec_from_json, spec_to_json, split_build_id
 from wave_proxy.image.request import Layer
-from wave_proxy.state.build_scripts import ALL, COUNT, KEYS_PREFIX, STREAM
+from wave_proxy.state.build_scripts import ALL, CHANGES, COUNT, KEYS_PREFIX, STREAM
 from wave_proxy.state.build_watch import Watches
-from wave_proxy.state.redis import Redis, answered
+from wave_proxy.state.redis import Redis, answered, translated
 
 Value = str | int | float | bytes
 
 _PIECE_BYTES = 1 << 18
+_ROUND_S = 4.0  # less than the client's own limit on an answer
 _STORED = "data:"  # stands for the bytes of an inline layer, which are kept until the build is done
 
 
@@ -68,6 +69,20 @@ class BuildRecords:
             except TimeoutError:
                 return await self.find(build_id)
             return await progress.record(lambda: self.find(build_id))
+
+    async def changes(self) -> AsyncGenerator[str, None]:
+        """Ids of builds as they begin and as they end; an empty text each time that listening begins, be it anew.
+
+        What has changed before that may have gone unheard. Raises StateUnavailable when Redis stays away.
+        """
+        with translated():
+            async with self._redis.pubsub() as channel:
+                await channel.subscribe(CHANGES)
+                while True:
+                    # In rounds: a quiet channel is no timeout, and between two the client checks its connection.
+                    message = await channel.get_message(timeout=_ROUND_S)
+                    if message is not None:
+                        yield "" if message["type"] == "subscribe" else message["data"].decode()
 
     async def read_log(self, build_id: str) -> bytes | None:
         """The log, as far as there is one; None when there is none, or none any more."""

@@ -6,6 +6,7 @@ holds, and the hash tag keeps them all on the stream's node. The time is Redis' 
 
 KEYS_PREFIX = "wave:{builds}:"
 STREAM = f"{KEYS_PREFIX}ready"
+CHANGES = f"{KEYS_PREFIX}changes"  # a channel: the ids of builds whose phase has changed
 MAX_ATTEMPTS = 3
 
 _SHARED = """
@@ -15,6 +16,10 @@ local ALL = 1000000
 
 local function key(kind, name)
   return PREFIX .. kind .. ':' .. name
+end
+
+local function announce(id)
+  redis.call('PUBLISH', PREFIX .. 'changes', id)
 end
 
 local function exact(number)
@@ -134,6 +139,7 @@ finish = function(id, exit_status, digest, reason, retention, limit, most)
   local build = key('build', id)
   redis.call('HSET', build, 'phase', 'done', 'finished', now(), 'exit_status', exit_status, 'digest', digest,
     'reason', reason)
+  announce(id)
   redis.call('HDEL', build, 'entry', 'appended')
   redis.call('DEL', key('spec', id), key('log', id))
   redis.call('EXPIRE', build, retention)
@@ -274,6 +280,7 @@ local function take(id)
     return answer(id)
   end
   redis.call('HSET', build, 'phase', 'running', 'started', now(), 'attempt', attempt + 1)
+  announce(id)
   if is_lost then
     local last = redis.call('GETRANGE', log, -1, -1)
     redis.call('APPEND', log, (last == '' or last == '\\n') and '' or '\\n')
