@@ -59,6 +59,7 @@ from wave_proxy.state.quota import Quotas
 from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.runs import RunTokens
 from wave_proxy.state.scans import ScanReports
+from wave_proxy.state.secret import obtain_secret
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.aws import read_ecr
@@ -133,16 +134,17 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
-    scans = _scans(settings.scan, builds, reports, usage)
+    secret = await obtain_secret(redis)
+    scans = _scans(settings.scan, builds, reports, usage, secret)
     containers = Containers(
         tokens,
         registries,
         identities,
         accounts,
         _open_hosts(endpoints),
-        _orders(settings, redis, Planner(registries, tokens, _defaults(settings)), builds, usage, stack),
+        _orders(settings, redis, Planner(registries, tokens, _defaults(settings), secret), builds, usage, stack),
         scans,
-        _mirroring(settings, registries, builds, usage),
+        _mirroring(settings, registries, builds, usage, secret),
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
@@ -200,7 +202,7 @@ def _builds(settings: BuildSettings, redis: Redis) -> BuildStore:
     )
 
 
-def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports, usage: Usage) -> ScanOrders:
+def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports, usage: Usage, secret: bytes) -> ScanOrders:
     return ScanOrders(
         builds,
         reports,
@@ -208,6 +210,7 @@ def _scans(settings: ScanSettings, builds: BuildStore, reports: ScanReports, usa
         enabled=bool(settings.program),
         timeout_s=settings.timeout,
         memory_s=settings.repeat_after,
+        secret=secret,
     )
 
 
@@ -232,11 +235,13 @@ def _usage(redis: Redis, stack: AsyncExitStack) -> Usage:
     return usage
 
 
-def _mirroring(settings: Settings, registries: Registries, builds: BuildStore, usage: Usage) -> Mirroring:
+def _mirroring(
+    settings: Settings, registries: Registries, builds: BuildStore, usage: Usage, secret: bytes
+) -> Mirroring:
     defaults = _defaults(settings)
     places = MirrorPlaces(settings.authority, (defaults.repository, defaults.cache_repository))
     mirror = settings.mirror
-    return Mirroring(builds, registries, usage, places, timeout_s=mirror.timeout, enabled=mirror.enabled)
+    return Mirroring(builds, registries, usage, places, timeout_s=mirror.timeout, enabled=mirror.enabled, secret=secret)
 
 
 def _orders(

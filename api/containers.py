@@ -289,8 +289,9 @@ class Containers:
         with explained(reference):
             registry = await self._registries.open(wanted.identity, reference)
             head = await registry.head_manifest(reference.registry, reference.repository, reference.reference)
+            is_private = bool(wanted.scan_mode) and await self._registries.is_guarded(wanted.identity, reference)
         found = replace(wanted, image=str(reference))
-        return replace(found, scan_ids=await self._scans.of_image(found, head.digest))
+        return replace(found, scan_ids=await self._scans.of_image(found, head.digest, is_private=is_private))
 
     async def _order(self, submission: Submission, wanted: ContainerRequest) -> tuple[ContainerRequest, Outcome]:
         """The same for the image that is built for it, and how far that is."""

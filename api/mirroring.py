@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from api.answers import Outcome
 from api.inspection import explained
+from api.naming import hidden_id
 from api.registries import Registries
 from api.rules import not_enabled
 from api.schema import Submission
@@ -70,13 +71,16 @@ class Mirroring:
         *,
         timeout_s: float,
         enabled: bool = True,
+        secret: bytes = b"",
     ) -> None:
+        """``secret`` goes into the ids of mirrors of private images."""
         self._builds = builds
         self._registries = registries
         self._usage = usage
         self._places = places
         self._timeout_s = timeout_s
         self._enabled = enabled
+        self._secret = secret
 
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to mirror for a request. Raises RequestInvalid; NotImplementedHere where nothing is mirrored."""
@@ -88,8 +92,9 @@ class Mirroring:
         login = await self._registries.find_login(wanted.identity, source.registry, source.repository)
         is_private = not self._registries.is_everybodys(login, source.registry, source.repository)
         self._places.check_local(target, wanted.identity.key, asked, is_private=is_private)
+        known_id = mirror_hash(source, target)
         return BuildSpec(
-            container_id=mirror_hash(source, target),
+            container_id=hidden_id(known_id, self._secret) if is_private else known_id,
             target_image=str(target),
             container_file="",
             platform="",
@@ -99,6 +104,7 @@ class Mirroring:
             ip_address=wanted.ip_address,
             kind="mirror",
             source_image=str(source),
+            private=is_private,
         )
 
     async def place(self, spec: BuildSpec, *, dry_run: bool) -> Outcome:

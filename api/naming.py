@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from hmac import digest
 from operator import mul
 from re import compile as compile_pattern
 from typing import Literal
@@ -62,6 +63,14 @@ def hash_attributes(attributes: Iterable[tuple[str, str]]) -> str:
     """SipHash-2-4 of names with values, in their order: 16 hex digits. Source: ``wave.md`` §4.9a, vectors V1."""
     text = "".join(f"{name}\x1c{value}\x1e" for name, value in attributes)
     return str(siphash24(text.encode("utf-16-le"), key=_KEY).hexdigest())
+
+
+def hidden_id(known_id: str, secret: bytes) -> str:
+    """An id in the place of one that whoever knows the names of images can work out: 16 hex digits as well.
+
+    Ids open what is told of jobs, so those about private images must be known to nobody but who was told them.
+    """
+    return digest(secret, known_id.encode(), "sha256").hex()[:16]
 
 
 def hash_config(config: ConfigSpec, included: Sequence[Layer] = ()) -> int:

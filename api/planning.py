@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from api.freeze import base_of, entrypoint_of, frozen
 from api.ingredients import Ingredients
 from api.inspection import explained, fetch_entrypoint
-from api.naming import cache_repository, container_id, target_image
+from api.naming import cache_repository, container_id, hidden_id, target_image
 from api.recipes import recipe_for
 from api.registries import Registries
 from api.schema import Submission
@@ -56,10 +56,14 @@ def wants_build(request: Submission) -> bool:
 class Planner:
     """Makes specs of builds, and knows whether what they make is there."""
 
-    def __init__(self, registries: Registries, tokens: TokenStore, defaults: BuildDefaults) -> None:
+    def __init__(
+        self, registries: Registries, tokens: TokenStore, defaults: BuildDefaults, secret: bytes = b""
+    ) -> None:
+        """``secret`` goes into the ids of builds of private images."""
         self._registries = registries
         self._tokens = tokens
         self._defaults = defaults
+        self._secret = secret
         self._ingredients = Ingredients(registries, tokens, defaults.local.partition("/")[0])
 
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
@@ -105,6 +109,8 @@ class Planner:
             config=request.container_config if baked else None,
             included=wanted.config.layers[len(request.config.layers) :] if baked else (),
         )
+        if is_private:
+            name = hidden_id(name, self._secret)
         target = target_image(repository, name, recipe.conda_file, request.name_strategy)
         return replace(
             draft,
@@ -112,6 +118,7 @@ class Planner:
             target_image=str(parse_reference(target)),
             build_repository=repository,
             cache_repository=self._cache_repository(request, is_private=is_private),
+            private=is_private,
         )
 
     def _repository(self, request: Submission, identity: Identity, *, is_private: bool) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from time import time
 
-from api.naming import hash_attributes
+from api.naming import hash_attributes, hidden_id
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerRequest
@@ -16,7 +16,8 @@ from wave_proxy.state.usage import Usage
 class ScanOrders:
     """Has images scanned, each once in a while, however many ask for it.
 
-    What was found answers for ``memory_s``; a scan takes ``timeout_s`` at most.
+    What was found answers for ``memory_s``; a scan takes ``timeout_s`` at most. ``secret`` goes into the ids of scans
+    of private images.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ScanOrders:
         enabled: bool = False,
         timeout_s: float = 900.0,
         memory_s: float = 7 * 86400.0,
+        secret: bytes = b"",
     ) -> None:
         self._builds = builds
         self._reports = reports
@@ -35,14 +37,15 @@ class ScanOrders:
         self.enabled = enabled
         self._timeout_s = timeout_s
         self._memory_s = memory_s
+        self._secret = secret
 
-    async def of_image(self, wanted: ContainerRequest, digest: str) -> tuple[str, ...]:
+    async def of_image(self, wanted: ContainerRequest, digest: str, *, is_private: bool = False) -> tuple[str, ...]:
         """The scan of an image that is there; none unless the request asks for one. Raises StateUnavailable."""
         if not (self.enabled and wanted.scan_mode) or wanted.dry_run:
             return ()
         reference = parse_reference(wanted.image)
         spec = BuildSpec(
-            hash_attributes((("image", wanted.image), ("digest", digest))),
+            self._id_of(("image", wanted.image), ("digest", digest), is_private=is_private),
             wanted.image,
             "",
             platform=wanted.platforms[0] if wanted.platforms else "",
@@ -51,6 +54,7 @@ class ScanOrders:
             timeout_s=self._timeout_s,
             identity=wanted.identity,
             ip_address=wanted.ip_address,
+            private=is_private,
         )
         return (await self._submit(spec, None),)
 
@@ -89,7 +93,9 @@ class ScanOrders:
         name = _name_of(made_by)
         return [
             BuildSpec(
-                hash_attributes((("image", f"{name}#{platform}" if len(platforms) > 1 else name),)),
+                self._id_of(
+                    ("image", f"{name}#{platform}" if len(platforms) > 1 else name), is_private=made_by.private
+                ),
                 made_by.target_image,
                 "",
                 platform=platform,
@@ -100,9 +106,14 @@ class ScanOrders:
                 identity=made_by.identity,
                 ip_address=made_by.ip_address,
                 logins=made_by.logins,
+                private=made_by.private,
             )
             for platform in platforms
         ]
+
+    def _id_of(self, *attributes: tuple[str, str], is_private: bool) -> str:
+        known_id = hash_attributes(attributes)
+        return hidden_id(known_id, self._secret) if is_private else known_id
 
     async def _submit(self, spec: BuildSpec, job: BuildRecord | None) -> str:
         known = await self._builds.find_by_target(spec.slot)

@@ -47,7 +47,8 @@ class BuildSpec:
     ``source_image``, which names the image by digest where that was known, and is the ``target_image`` by the name that
     was asked for; ``made_by`` is the id of the build or mirror that makes the image, and the platform may be empty:
     linux/amd64 then, or what there is. ``logins`` are those of the one who asked, as (registry, user, password): they
-    go before the configured ones.
+    go before the configured ones. It is ``private`` when not everybody may read what it is about: then nobody can work
+    out its ``container_id``.
     """
 
     container_id: str
@@ -72,6 +73,7 @@ class BuildSpec:
     source_digest: str = ""
     made_by: str = ""
     logins: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
+    private: bool = False
 
     @property
     def platforms(self) -> tuple[str, ...]:
