@@ -82,7 +82,8 @@ class Permissions:
             if not confirmed or not self._recall(name):
                 raise
             self._ask_again[name] = time() + _AGAIN_S
-            _log.warning("upstream does not answer, permission is taken for granted", error=str(err))
+            place = name.rpartition("@")[2]
+            _log.warning("upstream does not answer, permission is taken for granted", name=place, error=str(err))
 
     async def _ask(self, name: str, ask: Ask) -> None:
         try:
