@@ -3,6 +3,8 @@
 The scanner is one of the tests' own, and the real trivy where that is installed, with a database of planted advisories.
 """
 
+import json
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from bench.images import image, layer
+from bench.images import Image, Layer, busybox_image, digest_of, image, layer
 from bench.upstream import Upstream
 from builder.child import find_program
 from tests.advisories import write_database
+from tests.building.works import why_no_builds
 from tests.scanner_program import write_program
 from tests.servers import WaveProxy
 
@@ -55,7 +58,7 @@ def done(wave: WaveProxy, answer: dict[str, Any]) -> dict[str, Any]:
         status: dict[str, Any] = wave.request("GET", f"/v1alpha2/container/{answer['requestId']}/status").json()
         if status["status"] == "DONE":
             return status
-        assert status["status"] == "SCANNING"
+        assert status["status"] in ("PENDING", "BUILDING", "SCANNING")
         assert monotonic() < deadline, wave.stderr
         sleep(0.05)
 
@@ -126,6 +129,56 @@ def test_trivy_without_a_database(
     scan = started.request("GET", f"/v1alpha1/scans/{answer['scanId']}").json()
     assert scan["status"] == "FAILED"
     assert scan["reason"].startswith("no vulnerability database")
+
+
+@needs_trivy
+def test_trivy_fetches_its_database_from_a_mirror(
+    upstream: Callable[..., Upstream], wave: Callable[..., WaveProxy], tmp_path: Path
+) -> None:
+    write_database(tmp_path / "made", "debian 12", {"planted": {"CVE-2099-0001": "2.0"}})
+    registry = upstream()
+    registry.add("mirror/trivy-db", database_image(tmp_path / "made" / "db"), "2")
+    arguments = f'arguments = ["--db-repository", "{registry.address}/mirror/trivy-db:2"]\n'
+    scan = f'[scan]\nprogram = "trivy"\n{arguments}[build]\nengine = "none"\n'
+    check_scan(wave(upstreams=[registry.address], config=scan), registry)
+    assert len([request for request in registry.log if "/mirror/trivy-db/blobs/" in request.path]) <= 2
+
+
+@pytest.mark.skipif(bool(why_no_builds()), reason=why_no_builds() or "builds can run here")
+def test_a_build_is_scanned_where_it_was_pushed_to(
+    upstream: Callable[..., Upstream], wave: Callable[..., WaveProxy], tmp_path: Path
+) -> None:
+    report = '{"SchemaVersion": 2, "Results": [{"Vulnerabilities": [{"VulnerabilityID": "CVE-1", "Severity": "LOW"}]}]}'
+    program = write_program(tmp_path / "bin", image=f"write({report!r})")
+    write_database(tmp_path / "cache", "debian 12", {})
+    registry = upstream()
+    registry.add("library/busybox", busybox_image(), "1")
+    config = f'[scan]\nprogram = "{program.path}"\ncache = "{tmp_path / "cache"}"\noffline = true\n'
+    port = wave(upstreams=[registry.address], config=config)
+    file = b64encode(f"FROM {registry.address}/library/busybox:1\nRUN echo built >/built\n".encode()).decode()
+    answer = submit(port, containerFile=file, scanMode="required", scanLevels=["LOW"])
+    assert "succeeded" not in answer
+    found = done(port, answer)
+    assert found["succeeded"] is True, port.stderr
+    assert found["vulnerabilities"] == {"LOW": 1}
+    assert found.items() >= {"buildId": answer["buildId"], "scanId": answer["scanId"]}.items()
+    scan = port.request("GET", f"/v1alpha1/scans/{answer['scanId']}").json()
+    assert (scan["buildId"], scan["containerImage"]) == (answer["buildId"], answer["containerImage"])
+    assert ">> image sha256:" in scan["logs"]
+    page = port.request("GET", found["detailsUri"].removeprefix(port.url.replace("127.0.0.1", "localhost")))
+    assert page.status == 200
+    assert b"CVE-1" in page.body
+
+
+def database_image(folder: Path) -> Image:
+    """A vulnerability database as registries have it: one layer with its files."""
+    content = layer({file.name: file.read_bytes() for file in folder.iterdir()})
+    blob = Layer(content.digest, content.content, "application/vnd.aquasec.trivy.db.layer.v1.tar+gzip", content.diff_id)
+    made = image([blob])
+    document = json.loads(made.manifest)
+    document["layers"][0]["annotations"] = {"org.opencontainers.image.title": "db.tar.gz"}
+    manifest = json.dumps(document).encode()
+    return Image(digest_of(manifest), made.media_type, manifest, made.blobs)
 
 
 def test_what_is_missing_is_said_at_the_start(
