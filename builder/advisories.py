@@ -39,6 +39,11 @@ class Advisories:
         """Whether nothing is downloaded."""
         return self._offline
 
+    @property
+    def has_java_index(self) -> bool:
+        """Whether there is an index of Java archives as well, which only images with such need."""
+        return (self._folder / "java-db" / "metadata.json").is_file()
+
     @asynccontextmanager
     async def reading(self, download: Download, say: Callable[[str], None]) -> AsyncIterator[None]:
         """There is a database, as new as can be, and it stays as it is until the end of the block.

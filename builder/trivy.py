@@ -69,12 +69,12 @@ class Trivy:
         """Look at the image in an OCI image layout; what is made stands beside that. Raises BuildFailed."""
         self._path()  # before anything else: nothing that follows would make sense
         tail = Tail(log)
-        async with self._advisories.reading(lambda: self._download("--download-db-only", layout, log), say):
+        async with self._advisories.reading(lambda: self._renew(layout, log), say):
             status = await self._look(layout, tail)
         if status != 0 and _NO_JAVA_INDEX in tail.text and not self._advisories.offline:
             say("the image has Java archives: the index of these is fetched")
             await self._advisories.change(lambda: self._download("--download-java-db-only", layout, log))
-            async with self._advisories.reading(lambda: self._download("--download-db-only", layout, log), say):
+            async with self._advisories.reading(lambda: self._renew(layout, log), say):
                 status = await self._look(layout, tail)
         if status != 0:
             raise BuildFailed(_why(self._shown(tail.text, layout.parent), status), status)
@@ -95,6 +95,13 @@ class Trivy:
         options += ["--cache-backend", "memory", "--scanners", "vuln", "--severity", ",".join(self._severities)]
         options += ["--skip-db-update", _NO_JAVA_INDEX, "--offline-scan"]
         return await self._run("image", options, layout, tail.write)
+
+    async def _renew(self, layout: Path, log: Callable[[bytes], None]) -> int:
+        """Have the databases renewed that there are, if they are old; the exit status for that of vulnerabilities."""
+        status = await self._download("--download-db-only", layout, log)
+        if self._advisories.has_java_index:
+            await self._download("--download-java-db-only", layout, log)  # else the old one has to do
+        return status
 
     async def _download(self, option: str, layout: Path, log: Callable[[bytes], None]) -> int:
         way_out = {name: value for name in _WAY_OUT if (value := environ.get(name))}
@@ -140,7 +147,9 @@ class Trivy:
 def _why(tail: str, status: int) -> str:
     """In one line why it failed, from the end of its log."""
     if _NO_JAVA_INDEX in tail:
-        return "no index of Java archives, which the image has: put one into [scan] cache, or unset [scan] offline"
+        return (
+            "no index of Java archives, which the image has: let the builder download it, or put one into [scan] cache"
+        )
     lines = [line for line in tail.splitlines() if "FATAL" in line] or tail.splitlines()[-1:]
     said = " ".join(lines[-1].partition("FATAL")[2].split() or lines[-1].split()) if lines else ""
     return f"the scanner ended with exit status {status}{': ' if said else ''}{said[:300]}"
