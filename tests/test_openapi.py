@@ -55,6 +55,12 @@ def test_every_route_is_in_the_document(api: ApiServer, document: dict[str, Any]
     assert operations(document).keys() == told
 
 
+def test_no_endpoint_goes_by_undeclared() -> None:
+    for file in (ROOT / "api").rglob("*.py"):
+        for path in re.findall(r"\bRoute\(\s*f?[\"']([^\"']+)", file.read_text()):
+            assert path.startswith("/internal/"), f"{file}: {path} has no @endpoint(…): see api/endpoints.py"
+
+
 def test_operations_have_names_of_their_own(document: dict[str, Any]) -> None:
     names = [operation["operationId"] for operation in operations(document).values()]
     assert len(set(names)) == len(names)

@@ -108,6 +108,7 @@ def test_headers_are_the_operators(wave: Callable[..., WaveProxy]) -> None:
     assert (landing.status, landing.headers["Location"]) == (301, "https://site.test/wave")
     page = proxy.request("GET", "/view/inspect")
     assert (page.status, page.json()["message"]) == (404, "Not Found")
+    assert b"/view/" not in proxy.request("GET", "/openapi").body
 
 
 def test_headers_can_be_switched_off() -> None:

@@ -65,10 +65,10 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
     expires = datetime.fromisoformat(told["expiration"])
     return [
         fact("Image to pull", told["waveImage"]),
-        *given(fact("Its digest", told.get("waveDigest") if has_own_name else None)),
+        *given(fact("Digest as pulled", told.get("waveDigest") if has_own_name else None)),
         *(_lifetime(record, expires) if has_own_name else ()),
         fact("Made from", told["sourceImage"], inspect_path(told["sourceImage"])),
-        *given(fact("Its digest", told.get("sourceDigest"))),
+        *given(fact("Digest there", told.get("sourceDigest"))),
         fact("Asked for at", _in_zone(told["timestamp"], told["zoneId"])),
         *given(
             fact("Platform", told.get("platform")),
@@ -84,7 +84,7 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
             fact("Fingerprint", told.get("fingerprint")),
             fact("User id", told.get("user", {}).get("id")),
             fact("Workspace", told.get("workspaceId")),
-            fact("Platform endpoint", told.get("towerEndpoint")),
+            fact("Seqera Platform", told.get("towerEndpoint")),
         ),
     ]
 
