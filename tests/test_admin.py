@@ -16,9 +16,10 @@ import pytest
 
 from tests.servers import ROOT, WaveProxy, redis_server
 from tests.test_cli import one_line, run
-from wave_proxy.admin import parse_expiry
+from wave_proxy.admin import parse_expiry, token_table
 from wave_proxy.errors import RequestInvalid
 from wave_proxy.state.accounts import parse_hash
+from wave_proxy.state.identities import AccessToken
 
 NOW = datetime(2026, 11, 29, 8, 30, tzinfo=UTC)
 TOKEN = re.compile(r"wpt-([a-z2-7]{8})-[a-z2-7]{32}\n")
@@ -140,9 +141,20 @@ def test_where_nothing_runs(tmp_path: Path) -> None:
     assert f"no wave-proxy is running with the data folder {tmp_path}/none" in said
     assert "wave-proxy serve" in said
     assert not (tmp_path / "none").exists()
-    said = one_line(token("list", "--redis", f"redis://:s3cret@127.0.0.1:1/{0}"))
+    result = token("list", "--redis", f"redis://:s3cret@127.0.0.1:1/{0}")
+    assert result.stdout == ""
+    said = one_line(result)
     assert "the Redis at 127.0.0.1:1 does not answer" in said
     assert "s3cret" not in said
+
+
+def test_a_terminal_obeys_nothing_that_stands_in_redis() -> None:
+    token = AccessToken("aaaaaaaa", "ada@example.org\x1b[2J", "\x1b]0;pwn\x07", 1.0, 0.0, 0.0, 0.0, "")
+    assert token_table([token], 2.0).splitlines()[1].split()[:3] == [
+        "aaaaaaaa",
+        "ada@example.org\ufffd[2J",
+        "\ufffd]0;pwn\ufffd",
+    ]
 
 
 def test_where_one_was_killed(tmp_path: Path) -> None:

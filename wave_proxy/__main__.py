@@ -218,7 +218,9 @@ def revoke_token(
         chosen = await admin.choose(tokens, ids or [], user)
         await tokens.revoke(chosen)
         for item in chosen:
-            print(f"Access token {item.id} of {item.email} is {'already ' if item.revoked else ''}revoked.")
+            print(
+                f"Access token {item.id} of {admin.plain(item.email)} is {'already ' if item.revoked else ''}revoked."
+            )
 
     from wave_proxy import admin
 
@@ -288,6 +290,7 @@ def _with_tokens(
     from wave_proxy.admin import CommandFailed, access_tokens
 
     settings = _load(config, _overrides(data=data, redis_url=redis))
+    logs.configure(settings.log.format, settings.log.level, "admin")  # standard output is for what was asked
 
     async def run() -> None:
         async with access_tokens(settings.redis_url.get_secret_value(), settings.data) as tokens:

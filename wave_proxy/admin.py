@@ -95,8 +95,8 @@ def token_table(tokens: Collection[AccessToken], now: float) -> str:
     rows = [
         (
             token.id,
-            token.email,
-            token.note or "-",
+            plain(token.email),
+            plain(token.note) or "-",
             show_time(token.created),
             show_time(token.expires),
             show_time(token.last_used),
@@ -129,6 +129,11 @@ def show_time(time: float) -> str:
 
 def _instant(time: float) -> str | None:
     return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if time else None
+
+
+def plain(text: str) -> str:
+    """Text that a terminal shows as it is, and obeys in nothing."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
