@@ -51,7 +51,10 @@ class Builds:
         record = await self._find(request)
         if record is None:
             return Response(status_code=404)
-        return json_reply(build_status(record), headers=repeated(REPEATED_S, record.build_id))
+        # Which build is the newest may change without a change of any that is known.
+        is_whole = "_" in request.path_params["build_id"]
+        headers = repeated(REPEATED_S, record.build_id) if is_whole else None
+        return json_reply(build_status(record), headers=headers)
 
     @endpoint(
         "GET",

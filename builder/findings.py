@@ -9,7 +9,7 @@ import orjson
 from builder.failures import BuildFailed
 from wave_proxy.image.scan import Severity, Vulnerability
 
-MAX_REPORT_BYTES = 256 << 20
+MAX_REPORT_BYTES = 64 << 20
 _MAX_TEXT_CHARS = 500
 _SEVERITIES = frozenset(get_args(Severity))
 

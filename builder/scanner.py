@@ -77,7 +77,8 @@ class Scanner:
     async def _keep(self, scan_id: str, report: Report, book: LogBook) -> None:
         counts = count_severities(report.found)
         listed = worst_first(report.found)[: self._most]
-        if not await until_answered(lambda: self._reports.keep(scan_id, counts, listed, report.spdx)):
+        is_kept = await until_answered(lambda: self._reports.keep(scan_id, counts, listed, report.spdx))
+        if not (report.spdx and is_kept):
             book.say("the SPDX document is too large to be kept")
         told = ", ".join(f"{count} {severity.lower()}" for severity, count in reversed(counts.items()))
         book.say(f"vulnerabilities: {told or 'none'}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from builder.advisories import Advisories
 from builder.child import Allowance, Child, find_program, run
 from builder.failures import NOT_BUILT, BuildFailed
-from builder.findings import read_document, read_findings
+from builder.findings import MAX_REPORT_BYTES, read_document, read_findings
 from builder.limits import Tail
 from wave_proxy.image.scan import Vulnerability
 
@@ -28,7 +28,10 @@ class ScannerMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in an image: its vulnerabilities, and its packages as an SPDX document (JSON)."""
+    """What was found in an image: its vulnerabilities, and its packages as an SPDX document (JSON).
+
+    The document is empty when it would be too large.
+    """
 
     found: Sequence[Vulnerability]
     spdx: bytes
@@ -113,6 +116,8 @@ class Trivy:
         if status != 0:
             raise BuildFailed(f"the scanner has made no SPDX document (exit status {status}): see the log", status)
         file = layout.parent / "spdx.json"
+        if file.is_file() and file.stat().st_size > MAX_REPORT_BYTES:
+            return b""
         await asyncio.to_thread(read_document, file, "SPDX document")
         return await asyncio.to_thread(file.read_bytes)
 

@@ -222,6 +222,9 @@ async def test_an_id_may_leave_out_what_all_ids_begin_with_and_the_number(api: S
     ):
         assert get(api, text)[1]["buildId"] == found
         assert get(api, text, "/status")[1]["id"] == found
+        # The newest may be another one at any time, so that what is told of it is for once.
+        repeated = api.request("GET", f"/v1alpha1/builds/{text}/status").headers["X-Wave-Repeat"]
+        assert repeated == (f"15.000 {found}" if "_" in text else None)
 
 
 async def test_an_id_of_digits_alone_is_an_id_like_any_other(api: Server, builder: Builder) -> None:

@@ -412,6 +412,7 @@ def test_the_status_of_a_plain_image(api: ApiServer, base: str) -> None:
     assert (found.json()["id"], found.json()["status"], found.json()["succeeded"]) == (token, "DONE", True)
     assert re.search(rb'"duration":[0-9]+\.[0-9]{9}[,}]', found.body)
     assert datetime.fromisoformat(found.json()["creationTime"]).timestamp() <= time()
+    assert found.headers["X-Wave-Repeat"] == f"15.000 {token}"
 
 
 @pytest.mark.parametrize("token", ["0" * 32, "0" * 12, "x", "0" * 31 + "G", "a" * 5000])

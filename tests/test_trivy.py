@@ -216,3 +216,11 @@ async def test_nobody_renews_what_is_being_read(scene: Scene, tmp_path: Path) ->
     await reader
     kinds = [call["argv"][1] for call in program.calls if call["argv"][0] == "image"]
     assert kinds == ["--download-db-only", "--input", "--download-db-only", "--input"]
+
+
+async def test_a_document_that_is_too_large_is_left_out(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builder.trivy.MAX_REPORT_BYTES", 100)
+    report = await scene.scan(scene.trivy(write_program(tmp_path / "bin", convert="write('x' * 101)")))
+    assert (len(report.found), report.spdx) == (2, b"")
