@@ -311,6 +311,16 @@ def test_a_run_with_wrk() -> None:
     assert re.search(r"keep-alive \(upstream requests\) +\| wave-proxy +\| 0 .* held +\|", done.stdout), done.stdout
 
 
+@pytest.mark.skipif(not has("wrk"), reason="needs wrk (Debian package wrk)")
+def test_a_run_of_polls(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = run_bench("--quick", "--repeats", "1", "--only", "status", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    assert [result["unit"] for result in results] == ["1/s", "1/processor s", "ms"]
+    assert all(value > 0 for result in results for (value,) in result["figures"].values())
+
+
 @pytest.mark.skipif(not has("nginx"), reason="needs nginx (Debian package nginx-light)")
 def test_a_run_with_redis_away_and_one_of_tokens(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
