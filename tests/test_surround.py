@@ -45,6 +45,7 @@ def test_every_answer_has_the_security_headers(wave: Callable[..., WaveProxy]) -
         ("PUT", "/v2/docker.io/a/manifests/1", 405),
         ("GET", "/health", 405),
         ("GET", "/health?x=1", 405),
+        ("GET", "/%68ealth", 405),
         ("GET", "/v2/wt/0/a/manifests/1", 405),
         ("GET", "*", 400),
     ):
