@@ -1,6 +1,7 @@
 """The page of the API's reference: to read it, and to try it."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -23,7 +24,7 @@ class ReferencePage:
     @endpoint("GET", "/openapi", "Service", {200: Answer("The page.", media_types=(HTML,))})
     async def show(self, _: Request) -> Response:
         """This API for people, who can try it."""
-        return page("reference.html", "API", document=self._document(), example=_example, schemes=_schemes)
+        return self._page
 
     @endpoint(
         "GET", "/openapi/", "Service", {301: Answer("To the page.", headers={"Location": "The page without `/`."})}
@@ -31,6 +32,10 @@ class ReferencePage:
     async def redirect(self, _: Request) -> Response:
         """The same page."""
         return RedirectResponse("/openapi", 301)
+
+    @cached_property
+    def _page(self) -> Response:
+        return page("reference.html", "API", document=self._document(), example=_example, schemes=_schemes)
 
 
 def _example(operation: dict[str, Any]) -> str:
