@@ -4,7 +4,7 @@ from re import compile as compile_pattern
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from api.answers import filled, format_instant, format_seconds
 from api.endpoints import NOT_HERE, TEXT, UNKNOWN, Answer, endpoint, routes_of
@@ -75,7 +75,7 @@ class Scans:
         if record is None or document is None:
             return Response(status_code=404)
         headers = {"Content-Disposition": f'attachment; filename="spdx-{record.build_id}.json"'}
-        return Response(document, headers=headers, media_type=TEXT)
+        return StreamingResponse(document, headers=headers, media_type=TEXT)
 
     async def _find(self, request: Request) -> BuildRecord | None:
         """Raises NotImplementedHere where nothing is scanned."""

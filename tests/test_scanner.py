@@ -124,7 +124,7 @@ async def test_a_scan(scene: Scene, tmp_path: Path) -> None:
     assert (record.exit_status, record.digest, record.reason) == (0, AMD64.digest, "")
     assert await scene.reports.find_counts(scan_id) == {"HIGH": 2, "CRITICAL": 1}
     assert [one.id for one in await scene.reports.find_vulnerabilities(scan_id)] == ["CVE-2", "CVE-1"]
-    assert orjson.loads(await scene.reports.find_spdx(scan_id) or b"")["spdxVersion"] == "SPDX-2.3"
+    assert orjson.loads(b"".join(await scene.reports.find_spdx(scan_id) or ()))["spdxVersion"] == "SPDX-2.3"
     assert await scene.redis.ttl(f"wave:scan:{scan_id}") > 600_000
     lines = log.splitlines()
     assert lines[0] == f">> scan {scan_id} of docker.io/library/image, attempt 1"

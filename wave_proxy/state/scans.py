@@ -6,7 +6,7 @@ JSON) and ``spdx`` (the list of packages, compressed, where there is one).
 
 import asyncio
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import orjson
@@ -15,6 +15,8 @@ from wave_proxy.image.scan import Vulnerability
 from wave_proxy.state.redis import Redis, answered
 
 MAX_SPDX_BYTES = 8 << 20  # compressed: about 100 MB of text, or 50,000 packages with their files
+
+_PIECE_BYTES, _PACKED_BYTES = 1 << 18, 1 << 16
 
 
 class ScanReports:
@@ -53,11 +55,23 @@ class ScanReports:
             kept = cast(bytes | None, await self._redis.hget(_key(scan_id), "found"))
         return [Vulnerability(*members) for members in orjson.loads(zlib.decompress(kept))] if kept else []
 
-    async def find_spdx(self, scan_id: str) -> bytes | None:
-        """The SPDX document (JSON); None when there is none (any more)."""
+    async def find_spdx(self, scan_id: str) -> Iterator[bytes] | None:
+        """The SPDX document (JSON) in pieces, as all of it may be large; None when there is none (any more)."""
         async with answered():
             kept = cast(bytes | None, await self._redis.hget(_key(scan_id), "spdx"))
-        return await asyncio.to_thread(zlib.decompress, kept) if kept else None
+        return _unpacked(kept) if kept else None
+
+
+def _unpacked(packed: bytes) -> Iterator[bytes]:
+    """The content in pieces, none of them large, whatever the packed ones stand for."""
+    unpacker = zlib.decompressobj()
+    for start in range(0, len(packed), _PACKED_BYTES):
+        left, more = packed[start : start + _PACKED_BYTES], True
+        while more:
+            piece = unpacker.decompress(left, _PIECE_BYTES)
+            left, more = unpacker.unconsumed_tail, len(piece) == _PIECE_BYTES
+            if piece:
+                yield piece
 
 
 def _key(scan_id: str) -> str:
