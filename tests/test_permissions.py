@@ -1,7 +1,9 @@
 """Which repositories a login opens: asked again in time, ended by a refusal, gone on with when nobody answers."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from time import time
 
 import pytest
 
@@ -22,13 +24,15 @@ class Upstream:
         self.error: WaveError | None = None
         self.asked = 0
         self.held: asyncio.Event | None = None
+        self.now: Callable[[], float] = time
 
-    async def __call__(self) -> None:
+    async def __call__(self) -> float:
         self.asked += 1
         if self.held is not None:
             await self.held.wait()
         if self.error is not None:
             raise self.error
+        return self.now()
 
 
 @pytest.fixture
@@ -48,8 +52,9 @@ async def test_one_question_for_all_and_then_none(tmp_path: Path, upstream: Upst
 async def test_it_is_asked_again_in_time(tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(permissions, "time", lambda: clock[0])
+    upstream.now = lambda: clock[0]
     known = Permissions(tmp_path, 60)
-    known.confirm(NAME)
+    known.confirm(NAME, 1000.0)
     for clock[0], asked in ((1059.0, 0), (1061.0, 1), (1120.0, 1), (1122.0, 2), (500.0, 3)):
         await known.ensure(NAME, "x", upstream)
         assert upstream.asked == asked
@@ -110,9 +115,24 @@ async def test_workers_share_what_they_know(tmp_path: Path, upstream: Upstream) 
     assert NAME not in "".join(files_in(tmp_path, "permissions"))
 
 
+async def test_what_was_seen_earlier_counts_from_then(
+    tmp_path: Path, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(permissions, "time", lambda: 1000.0)
+    known = Permissions(tmp_path, 60)
+    known.confirm(NAME, 950.0)
+    known.confirm(NAME, 945.0)
+    assert known.until(NAME) == 1010.0
+    known.confirm(NAME + "y", 930.0)
+    await Permissions(tmp_path, 60).ensure(NAME, "x", upstream)
+    assert upstream.asked == 0
+    await Permissions(tmp_path, 60).ensure(NAME + "y", "x", upstream)
+    assert upstream.asked == 1
+
+
 async def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permissions, "_MEMORY", 5)
     known = Permissions(tmp_path, 60)
     for number in range(20):
-        known.confirm(f"{NAME}{number}")
+        known.confirm(f"{NAME}{number}", 1000.0)
     assert len(known._confirmed) == 5

@@ -1,9 +1,9 @@
 """Which repositories a login opens: upstream said so, and is asked again once that is ``permission_ttl`` ago.
 
 What upstream shows without a login is shown to everybody, and needs none of this. With a login, each answer of upstream
-about a repository says that the login opens it, as of now. A refusal ends that at once, on the disk as well; another
-worker that has heard otherwise before finds out when that is too old. When upstream can't be asked (no connection, 429,
-5xx), what was known goes on.
+about a repository says that the login opens it, as of when it saw the login: a bearer token may outlive that. A refusal
+ends it at once, on the disk as well; another worker that has heard otherwise before finds out when that is too old.
+When upstream can't be asked (no connection, 429, 5xx), what was known goes on.
 
 ``<root>/permissions/<hash of login and repository>`` is empty; its time is when upstream last said so.
 """
@@ -26,12 +26,13 @@ from wave_proxy.errors import WaveError
 _log = structlog.get_logger()
 
 _MEMORY = 20_000
+_AHEAD = 0.8  # share of the ttl
 _PATIENCE_S = 1.0
 _AGAIN_S = 5.0  # after a question that failed
 _NOTED_S = 1.0  # the file's time needs no better
 
-Ask = Callable[[], Awaitable[object]]
-"""Asks upstream, as that login, for something of the repository."""
+Ask = Callable[[], Awaitable[float]]
+"""Asks upstream for something of the repository; gives when it saw the login (epoch seconds), as late as can be."""
 
 
 class Permissions:
@@ -45,16 +46,22 @@ class Permissions:
         self._ask_again: dict[str, float] = {}  # names whose last question brought no answer
         self._asking: Flights[tuple[str, str], None] = Flights()
 
-    def confirm(self, name: str) -> None:
-        """Upstream has just given something of ``name`` (``key@registry/repository``)."""
-        now = time()
+    def confirm(self, name: str, seen: float) -> None:
+        """Upstream has given something of ``name`` (``key@registry/repository``) for a login that it saw then."""
         self._ask_again.pop(name, None)
-        if not 0 <= now - self._confirmed.get(name, 0.0) < _NOTED_S:
-            self._remember(name, now)
+        known = self._confirmed.get(name, 0.0)
+        if seen - known >= _NOTED_S or known > time():
+            self._remember(name, seen)
             with suppress(OSError):  # on a full disk, for this worker only
                 path = self._path(name)
                 path.parent.mkdir(exist_ok=True)
                 path.touch()
+                os.utime(path, (seen, seen))
+
+    @property
+    def oldest(self) -> float:
+        """A login that was seen before that (epoch seconds) is better seen again when upstream is asked anyway."""
+        return time() - _AHEAD * self._ttl_s
 
     def end(self, name: str) -> None:
         """Upstream refuses."""
@@ -87,13 +94,13 @@ class Permissions:
 
     async def _ask(self, name: str, ask: Ask) -> None:
         try:
-            await ask()
+            seen = await ask()
         except UNANSWERED:
             raise
         except WaveError:
             self.end(name)
             raise
-        self.confirm(name)
+        self.confirm(name, seen)
 
     def _is_young(self, confirmed: float, now: float) -> bool:
         # One from the future was given before the clock was set back.

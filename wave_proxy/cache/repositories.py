@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from time import time
 from typing import Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode
@@ -112,7 +113,7 @@ class Repositories:
         name = self._name(registry, repository)
 
         async def ask() -> tuple[str, bool]:
-            head = await self._heard(name, self._registry.head_manifest(registry, repository, tag))
+            head = await self._heard(registry, repository, self._registry.head_manifest(registry, repository, tag))
             # A tag moves on only to what is here: a limit may let the HEAD pass, and not the GET.
             if self._is_noted(name, head.digest) or self._adopt(name, registry, head.digest) is not None:
                 return head.digest, False
@@ -126,14 +127,13 @@ class Repositories:
         local = self._local.find_name(registry, repository)
         if local is not None:
             return ListedTags(_list_local(self._local, local, query), time())
-        name = self._name(registry, repository)
 
         async def fetch() -> TagsPage:
-            return await self._heard(name, self._registry.fetch_tags(registry, repository, query))
+            return await self._heard(registry, repository, self._registry.fetch_tags(registry, repository, query))
 
         listed = await self._pages.find((f"{self._key}@{registry}", repository, query), fetch)
-        if listed.stale and self._key:
-            await self._permissions.ensure(name, "tags", fetch)
+        if listed.stale:
+            await self._ensure(registry, repository, "tags", fetch)
         return listed
 
     # --- manifests ---------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Repositories:
         name = self._name(registry, repository)
 
         async def ask() -> None:
-            await self._heard(name, self._registry.head_manifest(registry, repository, digest))
+            await self._heard(registry, repository, self._registry.head_manifest(registry, repository, digest))
 
         async def fetch() -> StoredManifest:
             if self._is_delivered(registry, digest):
@@ -154,13 +154,15 @@ class Repositories:
                 known = self._adopt(name, registry, digest)
                 if known is not None:
                     return known
-            fetched = await self._heard(name, self._registry.fetch_manifest(registry, repository, digest))
+            fetched = await self._heard(
+                registry, repository, self._registry.fetch_manifest(registry, repository, digest)
+            )
             manifest = StoredManifest(fetched.content, fetched.media_type, fetched.digest)
             self._keep(name, registry, manifest)
             return manifest
 
         if self._is_noted(name, digest):
-            await self._ensure(name, digest, ask)
+            await self._ensure(registry, repository, digest, ask)
             known = self._manifests.find(digest)
             if known is not None:
                 return known
@@ -211,20 +213,19 @@ class Repositories:
         local = self._local.find_name(registry, repository)
         if local is not None:
             return _local_size(self._local, local, digest)
-        name = self._name(registry, repository)
-
-        async def ask() -> int | None:
-            size = await self._heard(name, self._registry.head_blob(registry, repository, digest))
-            self._grants.add(name, (digest,))
-            return size
-
+        name, ask = self._name(registry, repository), partial(self._ask_size, registry, repository, digest)
         if self._grants.has(name, digest):
-            await self._ensure(name, digest, ask)
+            await self._ensure(registry, repository, digest, ask)
             stored = self._blobs.find(digest)
             if stored is not None:
                 stored.close()
                 return stored.size
         return await self._asking.run((name, digest), ask)
+
+    async def _ask_size(self, registry: str, repository: str, digest: str) -> int | None:
+        size = await self._heard(registry, repository, self._registry.head_blob(registry, repository, digest))
+        self._grants.add(self._name(registry, repository), (digest,))
+        return size
 
     async def open_blob(self, registry: str, repository: str, digest: str) -> OpenBlob:
         """Open a blob of that repository. Raises BlobUnknown, Denied, UpstreamError, TooManyRequests."""
@@ -232,9 +233,8 @@ class Repositories:
         if local is not None:
             blob = self._local.open_blob(local, digest)
             return OpenBlob(blob.size, "HIT", blob)
-        name = self._name(registry, repository)
-        if self._grants.has(name, digest):
-            await self._ensure(name, digest, lambda: self._registry.head_blob(registry, repository, digest))
+        if self._grants.has(self._name(registry, repository), digest):
+            await self._ensure(registry, repository, digest, partial(self._ask_size, registry, repository, digest))
         else:
             await self.find_size(registry, repository, digest)
 
@@ -277,21 +277,30 @@ class Repositories:
         """What the repository is called where it is noted what upstream has shown to this login."""
         return f"{self._key}@{registry}/{repository}"
 
-    async def _heard(self, name: str, answer: Awaitable[T]) -> T:
+    async def _heard(self, registry: str, repository: str, answer: Awaitable[T]) -> T:
         """Upstream's answer, which says as well whether the login opens the repository."""
         if not self._key:
             return await answer
+        name = self._name(registry, repository)
+        self._registry.forget_token(registry, repository, self._permissions.oldest)
         try:
             heard = await answer
         except Denied:
             self._permissions.end(name)
             raise
-        self._permissions.confirm(name)
+        self._permissions.confirm(name, self._registry.login_seen(registry, repository))
         return heard
 
-    async def _ensure(self, name: str, digest: str, ask: Callable[[], Awaitable[object]]) -> None:
-        if self._key:
-            await self._permissions.ensure(name, digest, ask)
+    async def _ensure(self, registry: str, repository: str, what: str, ask: Callable[[], Awaitable[object]]) -> None:
+        """Return when the login opens the repository, by what is known or by asking. Raises as ``ask``."""
+        if not self._key:
+            return
+
+        async def ask_again() -> float:
+            await ask()
+            return self._registry.login_seen(registry, repository)
+
+        await self._permissions.ensure(self._name(registry, repository), what, ask_again)
 
     async def close(self) -> None:
         """End what is being fetched."""

@@ -5,7 +5,7 @@ from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
 from re import compile as compile_pattern
-from time import monotonic
+from time import monotonic, time
 
 from yarl import URL
 
@@ -91,6 +91,13 @@ class _Key:
     login: Login | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    text: str
+    expires: float  # monotonic
+    asked: float  # epoch seconds
+
+
 def _key(challenge: Challenge, scope: Scope, login: Login | None) -> _Key:
     return _Key(challenge.realm, challenge.service, scope, login)
 
@@ -100,7 +107,7 @@ class BearerTokens:
 
     def __init__(self, egress: Egress) -> None:
         self._egress = egress
-        self._tokens: dict[_Key, tuple[str, float]] = {}
+        self._tokens: dict[_Key, _Kept] = {}
         self._fetches: dict[_Key, asyncio.Task[str]] = {}
 
     async def get(
@@ -112,9 +119,9 @@ class BearerTokens:
         Raises Denied, AddressRefused, TooManyRequests, UpstreamError and its children.
         """
         key = _key(challenge, scope, login)
-        text, expires = self._tokens.get(key, ("", 0.0))
-        if text and text != stale and monotonic() < expires:
-            return text
+        kept = self._tokens.get(key)
+        if kept is not None and kept.text != stale and monotonic() < kept.expires:
+            return kept.text
         fetch = self._fetches.get(key)
         if fetch is None:
             fetch = self._fetches[key] = asyncio.create_task(self._fetch(key, login, endpoint))
@@ -125,8 +132,13 @@ class BearerTokens:
         """Give that token to nobody again: the registry refuses it."""
         self._tokens.pop(_key(challenge, scope, login), None)
 
+    def issued(self, challenge: Challenge, scope: Scope, login: Login | None) -> float | None:
+        """When the token at hand was asked for (epoch seconds), with that login; None when there is none."""
+        kept = self._tokens.get(_key(challenge, scope, login))
+        return None if kept is None else kept.asked
+
     async def _fetch(self, key: _Key, login: Login | None, endpoint: Endpoint) -> str:
-        realm = parse_url(key.realm)
+        realm, asked = parse_url(key.realm), time()
         scopes = [str(key.scope), *([str(Scope(key.scope.mount))] if key.scope.mount else [])]
         url = realm.update_query({**({"service": key.service} if key.service else {}), "scope": scopes})
         headers = {"Authorization": basic_authorization(login)} if login and may_know(realm, endpoint) else {}
@@ -141,7 +153,7 @@ class BearerTokens:
         token, lifetime_s = _read_token(await self._egress.read(response, _MAX_ANSWER_BYTES, what), what)
         if len(self._tokens) >= _MAX_TOKENS:
             del self._tokens[next(iter(self._tokens))]
-        self._tokens[key] = (token, monotonic() + lifetime_s * _USED_SHARE)
+        self._tokens[key] = _Kept(token, monotonic() + lifetime_s * _USED_SHARE, asked)
         return token
 
     async def close(self) -> None:

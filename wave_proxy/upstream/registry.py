@@ -186,6 +186,25 @@ class Registry:
         """The same client with the logins of that user: his ``own`` (registry, user, password), then these."""
         return self.acting_as(self._credentials.of(email, own))
 
+    def login_seen(self, registry: str, repository: str) -> float:
+        """When the registry has last seen the login for that repository (epoch seconds).
+
+        A bearer token stands for the login as it was when the token was given.
+        """
+        challenge, scope, login = self._token_of(registry, repository)
+        asked = None if challenge is None else self._bearers.issued(challenge, scope, login)
+        return time() if asked is None else asked
+
+    def forget_token(self, registry: str, repository: str, before: float) -> None:
+        """Have the next request for that repository bring the login, unless it has since ``before`` (epoch seconds)."""
+        challenge, scope, login = self._token_of(registry, repository)
+        if challenge is not None and (self._bearers.issued(challenge, scope, login) or before) < before:
+            self._bearers.forget(challenge, scope, login)
+
+    def _token_of(self, registry: str, repository: str) -> tuple[Challenge | None, Scope, Login | None]:
+        challenge = self._challenges.get(self._egress.endpoint(registry).url)
+        return challenge, Scope(repository), self._credentials.find(registry, repository)
+
     # --- what callers ask for ------------------------------------------------------------------------------------
 
     async def head_manifest(
