@@ -38,6 +38,7 @@ MAX_CONTAINER_FILE_CHARS = 10_000
 MAX_NAME_CHARS = 512
 MAX_TEXT_BYTES = 4 << 10
 MAX_ARGUMENT_BYTES = (128 << 10) - 1  # Linux: MAX_ARG_STRLEN, less the NUL at the end
+MAX_COMPRESSION_LEVEL = 22  # zstd's
 MAX_REPORTED = 20
 
 _DIGITS = compile_pattern(r"-?[0-9]{1,18}")
@@ -328,8 +329,8 @@ class Compression(Wire):
 
     mode: Annotated[Literal["gzip", "estargz", "zstd"] | None, _ABSENT] = None
     """How the layers of the image are compressed."""
-    level: Number | None = None
-    """How hard: the more, the smaller and slower."""
+    level: Annotated[Number, Field(ge=0, le=MAX_COMPRESSION_LEVEL)] | None = None
+    """How hard, 0 to 22: the more, the smaller and slower."""
     force: bool | None = None
     """Whether layers that are compressed in another way are compressed anew."""
 
@@ -447,7 +448,6 @@ _RULES = {
     "list_type": "expected an array",
     "model_type": "expected an object",
     "greater_than": "expected a number greater than 0",
-    "less_than_equal": f"expected a number of at most {MAX_BLOB_BYTES}",
 }
 
 
@@ -460,6 +460,10 @@ def _explain(error: ErrorDetails) -> str:
             return f"{path}: {error['msg']}"
         case {"type": "too_long", "ctx": {"actual_length": actual, "max_length": limit}}:
             return f"{path}: has {actual} items, and may have {limit}"
+        case {"type": "less_than_equal", "ctx": {"le": limit}}:
+            rule = f"expected a number of at most {limit}"
+        case {"type": "greater_than_equal", "ctx": {"ge": limit}}:
+            rule = f"expected a number of at least {limit}"
         case {"type": "literal_error", "ctx": {"expected": expected}}:
             rule = f"expected {expected}"
         case _:

@@ -906,3 +906,12 @@ def test_the_version_of_fusion(path: str, version: str | None) -> None:
     fusion = Layer(f"https://fusionfs.seqera.io/{path}", DIGEST, 1, DIGEST)
     record = TokenRecord("0" * 32, ContainerRequest("a", ContainerConfig(layers=(fusion,))), "", "", False)
     assert described(record, None, "a").get("fusionVersion") == version
+
+
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [(-7, "a number of at least 0, got -7"), (23, "a number of at most 22, got 23"), ("99999", "at most 22")],
+)
+def test_levels_of_compression(level: object, words: str) -> None:
+    assert refusal(buildCompression={"level": level}).startswith("buildCompression.level: expected ")
+    assert words in refusal(buildCompression={"level": level})

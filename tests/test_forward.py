@@ -196,6 +196,13 @@ async def test_an_answer_is_repeated_for_as_long_as_the_api_says(tmp_path: Path,
     assert port.api.asked == [f"GET {STATUS} HTTP/1.1"]
 
 
+@pytest.mark.parametrize("target", ["/a/%2e%2e/b?c=%2F%41", "/a/../b", "/a//b/./c", "/%7Ea/%C3%A9/x%2Fy"])
+async def test_a_target_is_handed_on_as_it_is(tmp_path: Path, redis_url: str, target: str) -> None:
+    async with repeating(tmp_path, redis_url) as port:
+        await port.ask(target=target)
+    assert port.api.asked == [f"GET {target} HTTP/1.1"]
+
+
 async def test_it_is_asked_for_again_after_that(tmp_path: Path, redis_url: str) -> None:
     async with repeating(tmp_path, redis_url, head="X-Wave-Repeat: 0.000") as port:
         for _ in range(3):

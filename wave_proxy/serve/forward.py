@@ -8,6 +8,7 @@ from time import monotonic
 from urllib.parse import unquote
 
 import aiohttp
+from yarl import URL
 
 from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import NotFound, UpstreamUnavailable
@@ -98,7 +99,7 @@ class Forwarder:
             async with self._unanswered:
                 return await self._session.request(
                     request.method,
-                    f"http://api{request.target}",
+                    URL(f"http://api{request.target}", encoded=True),  # else it would fold `%2e%2e`
                     headers=headers,
                     data=body,
                     allow_redirects=False,
