@@ -88,3 +88,12 @@ def write_program(
     )
     program.path.chmod(0o755)
     return program
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: who has nobody to hear of its end stays as a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"

@@ -10,6 +10,7 @@ import pytest
 
 from builder.child import Allowance, Child, find_program, run
 from builder.failures import BuildFailed
+from tests.scanner_program import is_alive
 
 MUCH = Allowance(memory=1 << 30, disk=1 << 30, output=1 << 20)
 
@@ -83,7 +84,7 @@ async def test_nothing_is_left_when_it_is_cancelled(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     async with asyncio.timeout(10):
-        while any(_is_alive(pid) for pid in pids):
+        while any(is_alive(pid) for pid in pids):
             await asyncio.sleep(0.01)
 
 
@@ -101,7 +102,7 @@ asyncio.run(run(child, Allowance(1 << 30, 1 << 30, 1 << 20)))
     builder.kill()
     await builder.wait()
     async with asyncio.timeout(10):
-        while _is_alive(pid):
+        while is_alive(pid):
             await asyncio.sleep(0.01)
 
 
@@ -119,14 +120,6 @@ async def _read_pid(file: Path) -> int:
         while not file.exists() or not file.read_text():
             await asyncio.sleep(0.01)
     return int(file.read_text())
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def test_how_programs_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ The scanner is one of the tests' own, and the real trivy where that is installed
 """
 
 import json
+import os
+import signal
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,8 @@ from bench.images import Image, Layer, busybox_image, digest_of, image, layer
 from bench.upstream import Upstream
 from builder.child import find_program
 from tests.advisories import write_database
-from tests.building.works import why_no_builds
-from tests.scanner_program import write_program
+from tests.building.works import builder_pids, why_no_builds
+from tests.scanner_program import is_alive, write_program
 from tests.servers import WaveProxy
 
 PACKAGE = """Package: planted
@@ -168,6 +170,30 @@ def test_a_build_is_scanned_where_it_was_pushed_to(
     page = port.request("GET", found["detailsUri"].removeprefix(port.url.replace("127.0.0.1", "localhost")))
     assert page.status == 200
     assert b"CVE-1" in page.body
+
+
+@pytest.mark.skipif(find_program("setpriv") is None, reason="setpriv (util-linux) is not installed")
+def test_a_scan_whose_builder_is_killed_is_done_by_the_next(
+    upstream: Callable[..., Upstream], wave: Callable[..., WaveProxy], tmp_path: Path
+) -> None:
+    began = tmp_path / "began"
+    first = f"open({str(began)!r}, 'w').close(); time.sleep(600)"
+    image = f"exec({first!r}) if not os.path.exists({str(began)!r}) else write('{{\"SchemaVersion\": 2}}')"
+    program = write_program(tmp_path / "bin", image=image)
+    write_database(tmp_path / "cache", "debian 12", {})
+    registry = upstream()
+    registry.add("library/empty", EMPTY, "1")
+    port = wave(upstreams=[registry.address], config=configuration(str(program.path), tmp_path / "cache"))
+    answer = submit(port, containerImage=f"{registry.address}/library/empty:1", scanMode="required")
+    deadline = monotonic() + 30
+    while not began.exists():
+        assert monotonic() < deadline, port.stderr
+        sleep(0.02)
+    (builder,) = builder_pids(port)
+    os.kill(builder, signal.SIGKILL)
+    assert done(port, answer)["succeeded"] is True, port.stderr
+    assert not is_alive(program.calls[0]["pid"])
+    assert list((tmp_path / "wave-0" / "builds").iterdir()) == []
 
 
 def database_image(folder: Path) -> Image:
