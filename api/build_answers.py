@@ -6,7 +6,7 @@ from typing import Any
 from api.answers import filled, format_instant, format_seconds, scan_ids
 from wave_proxy.image.build import BuildRecord, Compression
 
-_MAX_LOG_BYTES = 100_000
+MAX_LOG_BYTES = 100_000
 
 
 def described_build(record: BuildRecord, scans: Sequence[str] = ()) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def described_mirror(record: BuildRecord, log: bytes | None, scans: Sequence[str
             "status": "PENDING" if record.phase != "done" else "COMPLETED",
             "duration": _duration(record),
             "exitCode": record.exit_status,
-            "logs": (log or b"")[-_MAX_LOG_BYTES:].decode(errors="replace"),
+            "logs": (log or b"")[-MAX_LOG_BYTES:].decode(errors="replace"),
             "reason": record.reason,
         }
     )

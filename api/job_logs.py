@@ -67,12 +67,11 @@ class JobLogs:
             if not as_events:
                 return _Stream(_without_beats(pieces), sent, TEXT)
             return _Stream(self._events(record.build_id, pieces, offset), sent, _EVENTS)
-        log = await self._store.read_log(record.build_id)
-        if log is None:
+        if not await self._store.has_log(record.build_id):
             return Response(status_code=404)
+        pieces = self._store.read_pieces(record.build_id, offset)
         if not as_events:
-            return Response(log[offset:], headers=sent, media_type=TEXT)
-        pieces = _once(log[offset:])
+            return _Stream(pieces, sent, TEXT)
         return _Stream(self._events(record.build_id, pieces, offset), sent, _EVENTS)
 
     async def _events(self, build_id: str, pieces: AsyncGenerator[bytes], offset: int) -> AsyncGenerator[bytes]:
@@ -101,10 +100,6 @@ async def _without_beats(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]
         async for piece in pieces:
             if piece:
                 yield piece
-
-
-async def _once(content: bytes) -> AsyncGenerator[bytes]:
-    yield content
 
 
 def _is_set(request: Request, name: str) -> bool:

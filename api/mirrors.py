@@ -5,7 +5,7 @@ from re import compile as compile_pattern
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.build_answers import described_mirror
+from api.build_answers import MAX_LOG_BYTES, described_mirror
 from api.callers import client_address
 from api.endpoints import LOGIN, UNKNOWN, Answer, endpoint, routes_of
 from api.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
@@ -72,7 +72,7 @@ class Mirrors:
 
     async def _described(self, record: BuildRecord, status: int = 200) -> Response:
         scans = await self._scans.known(record.spec, record.build_id)
-        log = await self._store.read_log(record.build_id)
+        log, _ = await self._store.read_end(record.build_id, MAX_LOG_BYTES)
         return json_reply(described_mirror(record, log, scans), status)
 
     async def _find(self, request: Request) -> BuildRecord | None:

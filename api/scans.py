@@ -56,11 +56,10 @@ class Scans:
     async def logs(self, request: Request) -> Response:
         """The log of a scan."""
         record = await self._find(request)
-        log = await self._builds.read_log(record.build_id) if record else None
-        if record is None or log is None:
+        if record is None or not await self._builds.has_log(record.build_id):
             return Response(status_code=404)
         headers = {"Content-Disposition": f"attachment; filename={record.build_id}.log"}
-        return Response(log, headers=headers, media_type=_OCTETS)
+        return StreamingResponse(self._builds.read_pieces(record.build_id), headers=headers, media_type=_OCTETS)
 
     @endpoint(
         "GET",

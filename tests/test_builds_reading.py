@@ -63,6 +63,34 @@ async def test_followers_get_every_byte_once(redis_url: str, monkeypatch: pytest
         assert readers._watches._task is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [bytes(3_000_000), Random(2).randbytes(700_000), b"a line\n" * 100_000, b"x"],
+    ids=["zeros", "noise", "lines", "short"],
+)
+async def test_what_there_is_comes_in_pieces(redis_url: str, text: bytes) -> None:
+    """None is large, so that nobody who is slow to take them holds much."""
+    async with store(redis_url) as builds:
+        build_id = await submitted(builds)
+        assert not await builds.has_log(build_id)
+        claim = await claimed(builds)
+        for start in range(0, len(text), 1 << 20):
+            await builds.append_log(claim, text[start : start + (1 << 20)])
+
+        async def check() -> None:
+            assert await builds.has_log(build_id)
+            for offset in (0, 1, 300_000, len(text), len(text) + 1):
+                pieces = [piece async for piece in builds.read_pieces(build_id, offset)]
+                assert b"".join(pieces) == text[offset:]
+                assert max(map(len, pieces), default=0) <= 1 << 18
+            for most in (1, 1000, len(text), len(text) + 1):
+                assert await builds.read_end(build_id, most) == (text[-most:], max(len(text) - most, 0))
+
+        await check()
+        await builds.finish(claim, exit_status=0)
+        await check()
+
+
 async def test_a_line_is_there_before_the_next_one(redis_url: str) -> None:
     async with store(redis_url) as builds:
         build_id = await submitted(builds)
@@ -151,6 +179,8 @@ async def test_without_redis_everything_says_so() -> None:
             lambda: builds.cancel(build_id),
             builds.queue_length,
             lambda: builds.read_log(build_id),
+            lambda: builds.has_log(build_id),
+            lambda: builds.read_end(build_id, 1),
             lambda: builds.read_lock(build_id),
             lambda: gather_log(builds, build_id),
             lambda: builds.wait_done(build_id, 0.01),

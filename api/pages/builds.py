@@ -10,7 +10,7 @@ from starlette.responses import Response
 from api.build_answers import described_build
 from api.endpoints import endpoint, routes_of
 from api.pages.formats import format_duration
-from api.pages.jobs import JOB_ANSWERS, end_of_log, inspect_path, locate, scan_facts, state_of
+from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of
 from api.pages.render import Fact, fact, given, message, page
 from api.scan_orders import ScanOrders
 from wave_proxy.image.build import BuildRecord
@@ -36,8 +36,10 @@ class BuildPages:
 
     async def _show(self, record: BuildRecord) -> Response:
         told = described_build(record, await self._scans.known(record.spec, record.build_id))
-        log, lock = await asyncio.gather(self._store.read_log(record.build_id), self._store.read_lock(record.build_id))
         path = f"/v1alpha1/builds/{record.build_id}"
+        log, lock = await asyncio.gather(
+            read_end_of_log(self._store, record.build_id, f"{path}/logs"), self._store.read_lock(record.build_id)
+        )
         return page(
             "job.html",
             f"Build {record.build_id}",
@@ -46,7 +48,7 @@ class BuildPages:
             going=record.phase != "done",
             reason=told.get("reason"),
             files=[("Container file", told.get("dockerFile")), ("Conda file", told.get("condaFile"))],
-            log=end_of_log(log or b"", f"{path}/logs"),
+            log=log,
         )
 
 

@@ -132,9 +132,12 @@ def inspect_path(image: str) -> str:
     return "" if image.startswith("oras://") else f"/view/inspect?image={quote(image, safe='')}"
 
 
-def end_of_log(content: bytes, href: str) -> Log:
-    """What a page shows of a log: at most its last 100,000 bytes, from the beginning of a line on if there is one."""
-    start = max(len(content) - MAX_LOG_BYTES, 0)
-    if start and (line := content.find(b"\n", start)) >= 0:
-        start = line + 1
-    return Log(content[start:].decode(errors="replace"), start, len(content), href)
+async def read_end_of_log(store: BuildStore, build_id: str, href: str) -> Log:
+    """What a page shows of a job's log."""
+    return end_of_log(*await store.read_end(build_id, MAX_LOG_BYTES), href)
+
+
+def end_of_log(content: bytes, before: int, href: str) -> Log:
+    """The end of a log, ``before`` bytes of which are left out: from the beginning of a line on if there is one."""
+    start = content.find(b"\n") + 1 if before else 0
+    return Log(content[start:].decode(errors="replace"), before + start, before + len(content), href)

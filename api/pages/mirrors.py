@@ -9,7 +9,7 @@ from starlette.responses import Response
 from api.build_answers import described_mirror
 from api.endpoints import endpoint, routes_of
 from api.pages.formats import format_duration
-from api.pages.jobs import JOB_ANSWERS, end_of_log, inspect_path, locate, scan_facts, state_of
+from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of
 from api.pages.render import Fact, fact, given, message, page
 from api.scan_orders import ScanOrders
 from wave_proxy.image.build import BuildRecord
@@ -34,7 +34,7 @@ class MirrorPages:
         return await self._show(found) if isinstance(found, BuildRecord) else found
 
     async def _show(self, record: BuildRecord) -> Response:
-        log = await self._store.read_log(record.build_id)
+        log = await read_end_of_log(self._store, record.build_id, f"/v1alpha1/mirrors/{record.build_id}/logs")
         told = described_mirror(record, None, await self._scans.known(record.spec, record.build_id))
         return page(
             "job.html",
@@ -44,7 +44,7 @@ class MirrorPages:
             going=record.phase != "done",
             reason=told.get("reason"),
             files=(),
-            log=end_of_log(log or b"", f"/v1alpha1/mirrors/{record.build_id}/logs"),
+            log=log,
         )
 
 

@@ -50,13 +50,13 @@ def test_addresses_are_of_this_server_whatever_the_id_is() -> None:
 
 
 def test_a_short_log_is_shown_whole() -> None:
-    log = end_of_log("größer\n".encode(), "/logs")
+    log = end_of_log("größer\n".encode(), 0, "/logs")
     assert (log.text, log.cut, log.size) == ("größer\n", 0, 9)
 
 
 def test_of_a_long_log_the_last_lines_are_shown() -> None:
     content = b"".join(b"line %06d\n" % number for number in range(20_000))
-    log = end_of_log(content, "/logs")
+    log = end_of_log(content[-MAX_LOG_BYTES:], len(content) - MAX_LOG_BYTES, "/logs")
     assert log.size == len(content)
     assert log.text == content[log.cut :].decode()
     assert log.text.startswith("line ")
@@ -64,5 +64,5 @@ def test_of_a_long_log_the_last_lines_are_shown() -> None:
 
 
 def test_a_line_that_is_longer_than_what_is_shown_is_cut() -> None:
-    log = end_of_log(b"x" * (MAX_LOG_BYTES + 5), "/logs")
+    log = end_of_log(b"x" * MAX_LOG_BYTES, 5, "/logs")
     assert (log.cut, log.text) == (5, "x" * MAX_LOG_BYTES)

@@ -24,6 +24,7 @@ _ROUND_S = 60.0
 _REMEMBERED = 10_000
 _TAIL_LINES = 20
 _TAIL_CHARS = 2000
+_TAIL_BYTES = 8000  # hold so many characters, or more
 
 
 class Holds:
@@ -76,7 +77,7 @@ class Holds:
         return found
 
     async def _explain(self, record: BuildRecord) -> str:
-        log = await self._builds.read_log(record.build_id) or b""
+        log, _ = await self._builds.read_end(record.build_id, _TAIL_BYTES)
         lines = log.decode(errors="replace").rstrip().splitlines()[-_TAIL_LINES:]
         text = f"the build of this image has failed ({record.build_id}): {record.reason or 'no reason is known'}"
         tail = "\n".join(lines)[-_TAIL_CHARS:]

@@ -16,7 +16,7 @@ from wave_proxy.state.redis import Redis, answered, translated
 
 Value = str | int | float | bytes
 
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES, _PACKED_BYTES = 1 << 18, 1 << 16
 _ROUND_S = 4.0  # less than the client's own limit on an answer
 _STORED = "data:"  # stands for the bytes of an inline layer, which are kept until the build is done
 
@@ -92,6 +92,29 @@ class BuildRecords:
             live, kept = cast(list[bytes | None], await pipe.execute())
         return live if kept is None else await asyncio.to_thread(zlib.decompress, kept)
 
+    async def has_log(self, build_id: str) -> bool:
+        """Whether there is a log."""
+        async with answered():
+            return bool(await self._redis.exists(key("log", build_id), key("kept", build_id)))
+
+    async def read_pieces(self, build_id: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """The log from byte ``offset`` on, as far as there is one: in pieces, since a slow reader holds what it got."""
+        while piece := (await self._read_piece(build_id, offset))[0]:
+            offset += len(piece)
+            yield piece
+        async for piece in self._read_kept(build_id, offset):
+            yield piece
+
+    async def read_end(self, build_id: str, most: int) -> tuple[bytes, int]:
+        """The last ``most`` bytes of the log, as far as there is one, and how many there are before them."""
+        end, before = bytearray(), 0
+        async for piece in self.read_pieces(build_id):
+            end += piece
+            surplus = max(len(end) - most, 0)
+            del end[:surplus]
+            before += surplus
+        return bytes(end), before
+
     async def read_lock(self, build_id: str) -> bytes | None:
         """The Conda lock of a finished build; None when there is none, or none any more."""
         async with answered():
@@ -110,10 +133,8 @@ class BuildRecords:
                     await progress.wait_for(offset)
                 else:
                     break
-        # Once for all that is left: it is decompressed as a whole.
-        rest = memoryview(await self.read_log(build_id) or b"")[offset:]
-        for start in range(0, len(rest), _PIECE_BYTES):
-            yield bytes(rest[start : start + _PIECE_BYTES])
+        async for piece in self._read_kept(build_id, offset):
+            yield piece
 
     async def _run(self, script: str, *arguments: Value) -> Any:
         async with answered():
@@ -126,6 +147,24 @@ class BuildRecords:
             pipe.hget(key("build", build_id), "phase")
             piece, phase = cast(tuple[bytes, bytes | None], await pipe.execute())
         return piece, phase not in (None, b"done")
+
+    async def _read_kept(self, build_id: str, offset: int) -> AsyncGenerator[bytes, None]:
+        """What a finished build's log has from ``offset`` on, unpacked in pieces."""
+        unpacker, at = zlib.decompressobj(), 0
+        while packed := await self._read_packed(build_id, at):
+            at += len(packed)
+            size = _PIECE_BYTES
+            while size == _PIECE_BYTES:
+                piece = await asyncio.to_thread(unpacker.decompress, packed, _PIECE_BYTES)
+                packed, size = unpacker.unconsumed_tail, len(piece)
+                if wanted := piece[offset:]:
+                    yield wanted
+                offset = max(offset - size, 0)
+
+    async def _read_packed(self, build_id: str, start: int) -> bytes:
+        async with answered():
+            found = await self._redis.getrange(key("kept", build_id), start, start + _PACKED_BYTES - 1)
+        return cast(bytes, found)
 
     async def _look(self, build_ids: Iterable[str]) -> list[tuple[int, bool]]:
         """For each build how long its log is while it grows, and whether it is done or forgotten."""
