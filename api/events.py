@@ -22,7 +22,7 @@ async def log_events(pieces: AsyncGenerator[bytes], offset: int) -> AsyncGenerat
     waiting = b""
     async for piece in pieces:
         waiting += piece
-        whole = waiting.rfind(b"\n") + 1 or (len(waiting) if len(waiting) > _MAX_LINE_BYTES else 0)
+        whole = waiting.rfind(b"\n") + 1 or (_whole_chars(waiting) if len(waiting) > _MAX_LINE_BYTES else 0)
         if whole:
             offset += whole
             yield _event("log", str(offset), waiting[:whole].decode(errors="replace"))
@@ -31,6 +31,17 @@ async def log_events(pieces: AsyncGenerator[bytes], offset: int) -> AsyncGenerat
             yield HEARTBEAT
     if waiting:
         yield _event("log", str(offset + len(waiting)), waiting.decode(errors="replace"))
+
+
+def _whole_chars(text: bytes) -> int:
+    """How many bytes there are but for a character of UTF-8 whose end is yet to come."""
+    for back in range(1, min(4, len(text) + 1)):
+        byte = text[-back]
+        if byte >= 0xC0:  # a character begins here, of two bytes, three or four
+            return len(text) - (back if back < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0)
+        if byte < 0x80:
+            break
+    return len(text)
 
 
 def end_event(document: Mapping[str, Any]) -> bytes:
