@@ -30,7 +30,7 @@ from wave_proxy.cache.tags import TagAnswer, Tags
 from wave_proxy.errors import BlobUnknown, Denied, RequestInvalid, StorageFull, UpstreamError, clip
 from wave_proxy.image.oci import matches, read_manifest
 from wave_proxy.upstream.credentials import Credentials, Login
-from wave_proxy.upstream.registry import Registry, TagsPage
+from wave_proxy.upstream.registry import ManifestHead, Registry, TagsPage
 from wave_proxy.upstream.transfer import BlobStream
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Repositories:
         async def ask() -> tuple[str, bool]:
             head = await self._heard(registry, repository, self._registry.head_manifest(registry, repository, tag))
             # A tag moves on only to what is here: a limit may let the HEAD pass, and not the GET.
-            if self._is_noted(name, head.digest) or self._adopt(name, registry, head.digest) is not None:
+            if self._is_noted(name, head.digest) or self._adopt(name, registry, head) is not None:
                 return head.digest, False
             await self.fetch_manifest(registry, repository, head.digest)
             return head.digest, True
@@ -145,13 +145,12 @@ class Repositories:
             return self._local.get_manifest(local, digest)
         name = self._name(registry, repository)
 
-        async def ask() -> None:
-            await self._heard(registry, repository, self._registry.head_manifest(registry, repository, digest))
+        async def ask() -> ManifestHead:
+            return await self._heard(registry, repository, self._registry.head_manifest(registry, repository, digest))
 
         async def fetch() -> StoredManifest:
             if self._is_delivered(registry, digest):
-                await ask()
-                known = self._adopt(name, registry, digest)
+                known = self._adopt(name, registry, await ask())
                 if known is not None:
                     return known
             fetched = await self._heard(
@@ -174,11 +173,12 @@ class Repositories:
     def _is_delivered(self, registry: str, digest: str) -> bool:
         return self._grants.has(_manifests_of(registry), digest)
 
-    def _adopt(self, name: str, registry: str, digest: str) -> StoredManifest | None:
+    def _adopt(self, name: str, registry: str, head: ManifestHead) -> StoredManifest | None:
         """A manifest that the registry has delivered once, for a repository of which it has just said to have it."""
-        manifest = self._manifests.find(digest) if self._is_delivered(registry, digest) else None
-        if manifest is not None:
-            self._grants.add(_manifests_of(name), (digest,))
+        manifest = self._manifests.find(head.digest) if self._is_delivered(registry, head.digest) else None
+        if manifest is None or manifest.media_type != head.media_type:
+            return None
+        self._grants.add(_manifests_of(name), (head.digest,))
         return manifest
 
     def _keep(self, name: str, registry: str, manifest: StoredManifest) -> None:
