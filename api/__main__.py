@@ -20,29 +20,29 @@ import uvloop
 from starlette.applications import Starlette
 
 from api.app import Endpoints, create_app
-from api.builds import Builds
+from api.building.planning import BuildDefaults, Planner
 from api.containers import Containers
 from api.credentials import CredentialChecks
 from api.identities import Identities
-from api.inspections import Inspections
-from api.job_logs import JobLogs
+from api.images.inspections import Inspections
+from api.images.own_images import OwnImages
+from api.jobs.builds import Builds
+from api.jobs.job_logs import JobLogs
+from api.jobs.mirrors import Mirrors
+from api.jobs.scans import Scans
 from api.locations import OpenHosts, address_of
-from api.logins import InternalLogins
 from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
-from api.mirrors import Mirrors
 from api.orders import Orders
-from api.own_images import OwnImages
 from api.pages.site import Site
-from api.pairing import PairingEndpoint, PairingRules
-from api.planning import BuildDefaults, Planner
-from api.platforms import Platforms
-from api.refreshing import Refreshing
+from api.platform.logins import InternalLogins
+from api.platform.pairing import PairingEndpoint, PairingRules
+from api.platform.platforms import Platforms
+from api.platform.refreshing import Refreshing
+from api.platform.remembered import Remembered
+from api.platform.runs import RunLimits, Runs
 from api.registries import Registries
-from api.remembered import Remembered
-from api.runs import RunLimits, Runs
 from api.scan_orders import ScanOrders
-from api.scans import Scans
 from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, ScanSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit

@@ -17,6 +17,8 @@ from api.answers import (
     submitted,
 )
 from api.body import read_object
+from api.building.includes import fetch_layers
+from api.building.planning import wants_build
 from api.callers import client_address
 from api.endpoints import (
     ASKING_UPSTREAM,
@@ -28,20 +30,18 @@ from api.endpoints import (
     routes_of,
 )
 from api.identities import Identities, claims_of
-from api.includes import fetch_layers
-from api.inspection import explained
+from api.images.inspection import explained
+from api.jobs.statuses import REPEATED_S, container_status
 from api.locations import OpenHosts
 from api.mirroring import Mirroring
 from api.orders import Orders
-from api.planning import wants_build
+from api.platform.runs import Runs
 from api.registries import Registries
 from api.replies import json_reply, repeated
 from api.rules import check_known, check_rules, check_supported
-from api.runs import Runs
 from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
-from api.statuses import REPEATED_S, container_status
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from api.answers import Outcome
-from api.inspection import explained
-from api.naming import hidden_id
+from api.building.naming import hidden_id
+from api.images.inspection import explained
 from api.registries import Registries
 from api.rules import not_enabled
 from api.schema import Submission

@@ -1,7 +1,7 @@
 """Builds that requests ask for: found done, joined, or begun (``wave.md`` §4.10)."""
 
 from api.answers import Outcome
-from api.planning import Planner
+from api.building.planning import Planner
 from api.rules import not_enabled
 from api.schema import Submission
 from wave_proxy.errors import NotImplementedHere

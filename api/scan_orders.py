@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from time import time
 
-from api.naming import hash_attributes, hidden_id
+from api.building.naming import hash_attributes, hidden_id
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerRequest

@@ -4,13 +4,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from api.builds import Builds
 from api.containers import Containers
 from api.credentials import CredentialChecks
 from api.endpoints import Described, declared, describe
-from api.inspections import Inspections
+from api.images.inspections import Inspections
+from api.jobs.builds import Builds
+from api.jobs.mirrors import Mirrors
+from api.jobs.scans import Scans
 from api.metrics import UsageMetrics
-from api.mirrors import Mirrors
 from api.pages.assets import Assets
 from api.pages.builds import BuildPages
 from api.pages.containers import ContainerPages
@@ -19,7 +20,6 @@ from api.pages.mirrors import MirrorPages
 from api.pages.reference import ReferencePage
 from api.pages.scans import ScanPages
 from api.reference import Reference
-from api.scans import Scans
 from api.service import Health, Landing, favicon, robots, service_info
 
 _JOBS = (Containers, Builds, Mirrors, Scans, Inspections, CredentialChecks)

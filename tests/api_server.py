@@ -13,23 +13,23 @@ import uvicorn
 from starlette.applications import Starlette
 
 from api.app import create_app
-from api.builds import Builds
+from api.building.planning import BuildDefaults, Planner
 from api.containers import Containers
 from api.credentials import CredentialChecks
 from api.identities import Identities
-from api.inspections import Inspections
-from api.job_logs import JobLogs
+from api.images.inspections import Inspections
+from api.images.own_images import OwnImages
+from api.jobs.builds import Builds
+from api.jobs.job_logs import JobLogs
+from api.jobs.mirrors import Mirrors
+from api.jobs.scans import Scans
 from api.locations import OpenHosts, address_of
 from api.metrics import UsageMetrics
 from api.mirroring import Mirroring, MirrorPlaces
-from api.mirrors import Mirrors
 from api.orders import Orders
-from api.own_images import OwnImages
 from api.pages.site import Site
-from api.planning import BuildDefaults, Planner
 from api.registries import Registries
 from api.scan_orders import ScanOrders
-from api.scans import Scans
 from tests.documented import check_answer
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit

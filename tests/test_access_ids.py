@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.naming import container_id, hash_attributes
+from api.building.naming import container_id, hash_attributes
 from bench.images import image, layer
 from bench.upstream import Upstream
 from tests.identified import issue

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
-from api.tails import WINDOW_BYTES
+from api.jobs.tails import WINDOW_BYTES
 from tests.api_server import ApiServer
 from tests.redis_faults import durable_redis
 from tests.servers import WaveProxy, redis_server

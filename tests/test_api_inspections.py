@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api.inspections import host_name
+from api.images.inspections import host_name
 from bench.images import Image, blob, descriptor, digest_of, image, index, layer
 from bench.upstream import Faults, Upstream
 from tests.api_server import ApiServer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.naming import hash_attributes
+from api.building.naming import hash_attributes
 from api.scan_orders import ScanOrders
 from bench.images import Image, image, index, layer
 from bench.upstream import Upstream

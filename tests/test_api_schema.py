@@ -8,8 +8,8 @@ import pytest
 
 from api.answers import described, filled, format_instant, format_seconds, parse_timestamp
 from api.body import MAX_COMMAS, decode_object
+from api.building.planning import wants_build
 from api.locations import MAX_URL_CHARS, OpenHosts, check_location
-from api.planning import wants_build
 from api.rules import check_known, check_rules, check_supported
 from api.schema import (
     MAX_ARGUMENT_BYTES,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api.freeze import base_of, entrypoint_of, frozen, parse_entrypoint, parse_from
+from api.building.freeze import base_of, entrypoint_of, frozen, parse_entrypoint, parse_from
 from wave_proxy.errors import RequestInvalid
 from wave_proxy.image.request import ContainerConfig, Layer
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from api.statuses import REPEATED_S
+from api.jobs.statuses import REPEATED_S
 from tests.builds_state import ONE_SLOT, admit, claimed, spec, store, submitted
 from tests.redis_faults import durable_redis
 from tests.servers import Response, WaveProxy

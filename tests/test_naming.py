@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from api.conda import Package, add_channels, read_packages, trim_quotes, write_environment
-from api.naming import (
+from api.building.conda import Package, add_channels, read_packages, trim_quotes, write_environment
+from api.building.naming import (
     NameStrategy,
     cache_repository,
     container_id,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from api import remembered
 from api.identities import Claims
-from api.platforms import Platforms, choose
+from api.platform import remembered
+from api.platform.platforms import Platforms, choose
+from api.platform.remembered import Remembered
 from api.registries import Registries
-from api.remembered import Remembered
 from tests.platform.world import World
 from wave_proxy.errors import PlatformError, RequestInvalid, Unauthorized, UpstreamError
 from wave_proxy.image.platform import CredentialsEntry, PlatformCall, PlatformReply, TokenPair

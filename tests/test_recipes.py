@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from api.building.recipes import Recipe, decode_base64, recipe_for
 from api.locations import OpenHosts
-from api.recipes import Recipe, decode_base64, recipe_for
 from api.schema import parse_submission
 from wave_proxy.errors import RequestInvalid
 from wave_proxy.image.build import LOCK_END, LOCK_START

@@ -2,7 +2,7 @@
 
 from time import time
 
-from api.refreshing import Refreshing
+from api.platform.refreshing import Refreshing
 from tests.test_platforms import ANA, ENDPOINT, stage
 from wave_proxy.image.platform import TokenPair
 from wave_proxy.upstream.platform import PlatformClient

@@ -7,7 +7,7 @@ from time import time
 
 import pytest
 
-from api.runs import RunLimits, Runs
+from api.platform.runs import RunLimits, Runs
 from tests.test_platforms import ANA, ENDPOINT, Stage, stage
 from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.state.runs import RunTokens

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from api.statuses import container_status
+from api.jobs.statuses import container_status
 from wave_proxy.image.build import BuildRecord, BuildSpec, Kind, Phase
 from wave_proxy.image.request import ContainerRequest
 from wave_proxy.image.scan import Scan, Vulnerability, count_severities, worst_first

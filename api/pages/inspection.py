@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.endpoints import HTML, Answer, Parameter, endpoint, routes_of
-from api.inspections import Inspections
+from api.images.inspections import Inspections
 from api.pages.render import page
 from wave_proxy.errors import WaveError
 

@@ -6,8 +6,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.build_answers import described_mirror
 from api.endpoints import endpoint, routes_of
+from api.jobs.build_answers import described_mirror
 from api.pages.formats import format_duration
 from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of
 from api.pages.render import Fact, fact, given, message, page

@@ -12,12 +12,12 @@ from api.body import read_text
 from api.callers import client_address, is_from_other_site
 from api.containers import Containers
 from api.endpoints import ASKING_UPSTREAM, HTML, NOT_HERE, Answer, endpoint, routes_of
+from api.jobs.scans import described_scan
 from api.pages.formats import format_duration
 from api.pages.jobs import JOB_ANSWERS, State, inspect_path, locate, path_of, state_of
 from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.rules import not_enabled
-from api.scans import described_scan
 from api.shapes import Message
 from wave_proxy.errors import RequestInvalid, WaveError
 from wave_proxy.image.build import BuildRecord

@@ -3,7 +3,7 @@
 from starlette.routing import Route
 
 from api.containers import Containers
-from api.inspections import Inspections
+from api.images.inspections import Inspections
 from api.pages.builds import BuildPages
 from api.pages.containers import ContainerPages
 from api.pages.inspection import InspectionPages

@@ -2,7 +2,7 @@
 
 import pytest
 
-from api.naming import hash_attributes
+from api.building.naming import hash_attributes
 from wave_proxy.image.platform import pairing_key, session_key
 
 

@@ -3,11 +3,11 @@
 import asyncio
 from dataclasses import dataclass, replace
 
-from api.freeze import base_of, entrypoint_of, frozen
-from api.ingredients import Ingredients
-from api.inspection import explained, fetch_entrypoint
-from api.naming import cache_repository, container_id, hidden_id, target_image
-from api.recipes import recipe_for
+from api.building.freeze import base_of, entrypoint_of, frozen
+from api.building.ingredients import Ingredients
+from api.building.naming import cache_repository, container_id, hidden_id, target_image
+from api.building.recipes import recipe_for
+from api.images.inspection import explained, fetch_entrypoint
 from api.registries import Registries
 from api.schema import Submission
 from wave_proxy.errors import (

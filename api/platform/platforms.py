@@ -6,7 +6,7 @@ from time import time
 from typing import Any
 
 from api.identities import Claims
-from api.remembered import Remembered
+from api.platform.remembered import Remembered
 from wave_proxy.errors import AccessTokenRefused, PairingMissing, PlatformError
 from wave_proxy.image.platform import (
     SERVICE,

@@ -11,15 +11,15 @@ from yarl import URL
 from api.body import read_object
 from api.endpoints import ASKING_UPSTREAM, Answer, Parameter, endpoint, routes_of
 from api.identities import Identities, claims_of
-from api.image_answers import (
+from api.images.image_answers import (
     described_config,
     described_image,
     described_index,
     described_manifest,
     described_schema1,
 )
-from api.inspection import explained, fetch_config
-from api.own_images import OwnImages
+from api.images.inspection import explained, fetch_config
+from api.images.own_images import OwnImages
 from api.registries import Registries
 from api.replies import json_reply
 from api.schema import Claiming, Text, parse_body

@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api.platforms import Platforms
+from api.platform.platforms import Platforms
 from api.replies import json_reply
 from wave_proxy.errors import Denied
 from wave_proxy.state.tokens import TokenStore

@@ -9,7 +9,7 @@ from typing import Literal
 
 from siphash24 import siphash24
 
-from api.conda import Package, read_packages
+from api.building.conda import Package, read_packages
 from api.schema import ConfigSpec
 from wave_proxy.image.reference import MAX_NAME_LENGTH, is_repository, parse_reference
 from wave_proxy.image.request import Layer

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 
-from api.conda import add_channels, split_words, write_environment
+from api.building.conda import add_channels, split_words, write_environment
 from api.schema import MAX_CONDA_FILE_CHARS, CondaOptions, CranOptions, PackagesSpec, PixiOptions, Submission
 from wave_proxy.errors import RequestInvalid, clip
 from wave_proxy.image.build import LOCK_END, LOCK_START
@@ -44,7 +44,7 @@ _DEFAULT_PATH = "${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What a build is made from. ``template`` is empty for a container file of the user's own, and all of it when the
-    submission is about an image alone: what there may be to build then is in ``api.freeze``.
+    submission is about an image alone: what there may be to build then is in ``api.building.freeze``.
     """
 
     container_file: str
@@ -269,7 +269,7 @@ def _marker(line: str) -> str:
 
 
 _environment = Environment(
-    loader=PackageLoader("api"),
+    loader=PackageLoader("api.building"),
     autoescape=False,  # noqa: S701 - shells are no HTML: what users write goes through `quoted`
     undefined=StrictUndefined,
     trim_blocks=True,

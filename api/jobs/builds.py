@@ -5,14 +5,14 @@ from re import compile as compile_pattern
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.build_answers import build_status, described_build
 from api.callers import client_address
 from api.endpoints import LOGIN, TEXT, UNKNOWN, Answer, endpoint, routes_of
-from api.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
+from api.jobs.build_answers import build_status, described_build
+from api.jobs.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
+from api.jobs.statuses import REPEATED_S
 from api.replies import json_reply, repeated
 from api.scan_orders import ScanOrders
 from api.shapes import Build, BuildStatus, Message
-from api.statuses import REPEATED_S
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.builds import BuildStore

@@ -1,6 +1,6 @@
 """Images to include: their layers, as layers to append to another image (``wave.md`` §4.8, 6)."""
 
-from api.inspection import fetch_image
+from api.images.inspection import fetch_image
 from wave_proxy.errors import UpstreamError
 from wave_proxy.image.oci import LINUX_AMD64, Platform
 from wave_proxy.image.reference import Reference

@@ -5,10 +5,10 @@ from re import compile as compile_pattern
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.build_answers import MAX_LOG_BYTES, described_mirror
 from api.callers import client_address
 from api.endpoints import LOGIN, UNKNOWN, Answer, endpoint, routes_of
-from api.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
+from api.jobs.build_answers import MAX_LOG_BYTES, described_mirror
+from api.jobs.job_logs import LOG_ANSWERS, LOG_PARAMETERS, JobLogs
 from api.replies import json_reply
 from api.scan_orders import ScanOrders
 from api.shapes import Message, Mirror

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from re import compile as compile_pattern
 from time import time
 
-from api.inspection import explained
+from api.images.inspection import explained
 from api.registries import Registries
 from wave_proxy.errors import BlobUnknown, Denied, ManifestUnknown, NameUnknown, RequestInvalid
 from wave_proxy.image.build import BuildSpec

@@ -8,10 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
-from api.build_answers import build_status
 from api.endpoints import INVALID, STRING, TEXT, UNKNOWN, Answer, Parameter
-from api.events import end_event, log_events, resume_offset
-from api.tails import Tails
+from api.jobs.build_answers import build_status
+from api.jobs.events import end_event, log_events, resume_offset
+from api.jobs.tails import Tails
 from wave_proxy.errors import RequestInvalid, clip
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.builds import BuildStore

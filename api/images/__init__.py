@@ -1,0 +1,1 @@
+"""Images as their registries have them: looked into, and shown."""

@@ -1,0 +1,1 @@
+"""Builds, mirrors and scans over the wire, and how far they are."""

@@ -1,0 +1,1 @@
+"""Seqera Platforms: paired, asked who users are, and for their logins."""
