@@ -37,7 +37,7 @@ from wave_proxy.state.redis import Redis, connect, wait_until_up
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.upstream.aws import read_ecr
-from wave_proxy.upstream.credentials import Credentials
+from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
@@ -81,7 +81,7 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     store = _store(settings.build, redis)
     for build_id, attempt in await workspaces.remove_leftovers():
         await store.abandon(build_id, attempt)
-    engine = await _engine(settings, egress)
+    engine = await _engine(settings, egress, credentials.find(settings.authority))
     lending = Lending(tokens, settings.authority)
     builds = Pipeline(engine, workspaces, registry, lending, credentials)
     mirrors = Mirrors(workspaces, registry, lending, BlobPlaces(redis), partial(Registry, egress, Credentials({})))
@@ -122,11 +122,14 @@ def _store(settings: BuildSettings, redis: Redis) -> BuildStore:
     )
 
 
-async def _engine(settings: Settings, egress: Egress) -> Engine:
-    """The configured engine; one that fails every build with the reason when this machine can't run it."""
+async def _engine(settings: Settings, egress: Egress, own: Login | None) -> Engine:
+    """The configured engine; one that fails every build with the reason when this machine can't run it.
+
+    ``own`` is the login of our own registry.
+    """
     build = settings.build
     limits = Limits(build.memory, build.processes, build.disk, build.log_bytes)
-    gate = Gate(egress, settings.own_url, build.allow_private) if build.network == "isolated" else None
+    gate = Gate(egress, settings.own_url, build.allow_private, own) if build.network == "isolated" else None
     engine: Engine
     match build.engine:
         case "buildah":

@@ -8,12 +8,14 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from wave_proxy.errors import AddressRefused, UpstreamTimeout, WaveError, clip
+from wave_proxy.upstream.bearer import basic_authorization
+from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress
 
 _MAX_CONNECTIONS = 256
@@ -84,10 +86,12 @@ class Place:
 class Gate:
     """What builds may reach: public addresses, those of ``allow_private`` (``host:port``), and wave-proxy at ``url``.
 
-    Of wave-proxy a build sees what it needs to pull images by token, and the repository that it may push to.
+    Of wave-proxy a build sees what it needs to pull images by token, and the repository that it may push to. The
+    ``login`` for that stays here: with it, one could do more than push there.
     """
 
-    def __init__(self, egress: Egress, url: str, allow_private: Iterable[str] = ()) -> None:
+    def __init__(self, egress: Egress, url: str, allow_private: Iterable[str] = (), login: Login | None = None) -> None:
+        self._login = login
         self._egress = egress
         parts = urlsplit(url)
         self._tls = parts.scheme == "https"
@@ -179,8 +183,18 @@ class Gate:
         except WaveError as err:
             raise _Refused("502 Bad Gateway", f"wave-proxy can't be reached by the builder: {err}") from err
         with _Closing(connection) as (upstream, sender):
-            sender.write(head.encode(head.target, self._authority))
+            sender.write(self._authorised(head) if is_cache else head.encode(head.target, self._authority))
             await _tunnel(reader, writer, upstream, sender)
+
+    def _authorised(self, head: _Head) -> bytes:
+        """A request with our login, which must not bring a blob over from a repository that others don't read."""
+        path, _, query = head.target.partition("?")
+        asked = [one for one in parse_qsl(query, keep_blank_values=True) if one[0] not in ("mount", "from")]
+        lines = [line for line in head.lines if not line.lower().startswith("authorization:")]
+        if self._login is not None:
+            lines.append(f"Authorization: {basic_authorization(self._login)}")
+        target = f"{path}{'?' if asked else ''}{urlencode(asked)}"
+        return replace(head, lines=tuple(lines)).encode(target, self._authority)
 
     async def _serve_relay(self, place: Place, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = await self._egress.connect(place.host, place.port, allow_private=True)

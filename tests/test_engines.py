@@ -225,6 +225,33 @@ class TestBuildah:
         written = job.folder / "buildah" / "auth.json"
         assert written.stat().st_mode & 0o777 == 0o600
 
+    async def test_where_a_login_is_in_the_box_no_step_can_change_its_root(self, tmp_path: Path, registry: str) -> None:
+        """Else it gets out of it, and reads the file with the login."""
+
+        def may_change_root(log: str) -> bool:
+            (bounding,) = re.findall(r"^CapBnd:\s*([0-9a-f]+)$", log, re.MULTILINE)
+            return bool(int(bounding, 16) >> 18 & 1)  # CAP_SYS_CHROOT
+
+        text = "FROM busybox\nRUN grep CapBnd /proc/self/status\n"
+        with Upstream(auth="basic") as private:
+            async with workshop(tmp_path, registry, private.address) as shop:
+                assert may_change_root((await shop.build(text)).log)
+                job = shop.job(text, cache_repository=f"{private.address}/cache/x")
+                auth = job.folder / "auth.json"
+                auth.write_text(json.dumps({"auths": {private.address: {"auth": "dXNlcjpzZWNyZXQ="}}}))
+                with pytest.raises(BuildFailed):
+                    await shop.engine.build(replace(job, auth_file=auth))
+                assert not may_change_root(shop.log_of(job))
+
+    async def test_our_own_login_is_in_no_box(self, shop: Workshop) -> None:
+        job = shop.job("FROM busybox\nRUN true\n", cache_repository=f"{AUTHORITY}/local/cache/x")
+        auth = job.folder / "auth.json"
+        auth.write_text(json.dumps({"auths": {AUTHORITY: {"auth": "X2J1aWxkZXI6eA=="}}}))
+        with pytest.raises(BuildFailed):  # there is no wave-proxy here
+            await shop.engine.build(replace(job, auth_file=auth))
+        for file in job.folder.rglob("*"):
+            assert not (file.is_file() and b"X2J1aWxkZXI6eA" in file.read_bytes()), file
+
     async def test_a_mount_from_the_context_sees_the_context_only(self, shop: Workshop, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text("nobody's business")
         built = await shop.build("FROM busybox\nRUN --mount=type=bind,source=f,target=/m cat /m\n", {"f": "given"})

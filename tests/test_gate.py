@@ -10,6 +10,7 @@ import pytest
 import builder.gate
 from builder.gate import Gate, Place
 from tests.servers import free_port
+from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -67,9 +68,11 @@ class Scene:
 
 
 @asynccontextmanager
-async def gate(*allowed: str, url: str = "http://127.0.0.1:9", writable: str = "") -> AsyncIterator[Scene]:
+async def gate(
+    *allowed: str, url: str = "http://127.0.0.1:9", writable: str = "", login: Login | None = None
+) -> AsyncIterator[Scene]:
     egress = Egress({}, connect_timeout_s=5)
-    way_out = Gate(egress, url, allowed)
+    way_out = Gate(egress, url, allowed, login)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in way_out.listen]
     scene = Scene(sockets)
     try:
@@ -204,6 +207,27 @@ async def test_an_endless_head_is_cut_off() -> None:
 
 
 # --- wave-proxy --------------------------------------------------------------------------------------------------
+
+
+async def test_the_login_for_a_cache_is_put_in_on_the_way_and_opens_nothing_else() -> None:
+    server = Server()
+    async with (
+        listening(server.serve) as address,
+        gate(url=f"http://{address}", writable="local/cache/layers", login=Login("_builder", "x")) as scene,
+    ):
+        uploads, mine = "/v2/local/cache/layers/blobs/uploads/", "Authorization: Basic bWluZQ=="
+        for asked, line in (
+            (f"POST {uploads}?mount=sha256:00&from=local/private/1/build", f"POST {uploads}"),
+            (f"POST {uploads}?m%6funt=sha256:00&%66rom=local/private/1/build", f"POST {uploads}"),
+            (f"PUT {uploads}1?digest=sha256:00&mount=1", f"PUT {uploads}1?digest=sha256%3A00"),
+        ):
+            await scene.ask(f"{asked} HTTP/1.1\n{mine}\nAUTHORIZATION: x\n\n", 1)
+            first, *lines = server.heads.pop().split("\r\n")
+            assert first == f"{line} HTTP/1.1"
+            told = [one for one in lines if one.lower().startswith("authorization")]
+            assert told == ["Authorization: Basic X2J1aWxkZXI6eA=="]
+        await scene.ask(f"GET /v2/wt/0123456789ab/x/manifests/1 HTTP/1.1\n{mine}\n\n", 1)
+        assert "X2J1aWxkZXI6eA==" not in server.heads.pop()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from builder.box import HOME, SPARE_PROCESSES, Boxes, BoxUnavailable, Run
 from builder.engines import EngineMissing, Job
-from builder.engines.registries import registries_conf, translate_auth
+from builder.engines.registries import registries_conf, translate_auth, without_login
 from builder.failures import BuildFailed, classify, timed_out
 from builder.gate import Gate
 from builder.ids import IdsMissing, find_ids
@@ -25,9 +25,9 @@ _LEVELS = {"gzip": (1, 9), "zstd": (1, 20)}  # what its compressors take
 # Podman's, without MKNOD: where a box's root is the machine's, it must not make a disk of the machine.
 _CAPABILITIES: tuple[str, ...] = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE")
 _CAPABILITIES += ("SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT")
-_CONTAINERS_CONF = f"""\
+_CONTAINERS_CONF = """\
 [containers]
-default_capabilities = {dumps(_CAPABILITIES)}
+default_capabilities = {capabilities}
 default_ulimits = []
 default_sysctls = []
 volumes = []
@@ -47,6 +47,7 @@ class Buildah:
     def __init__(self, limits: Limits, gate: Gate | None, proxy_url: str, authority: str) -> None:
         self._limits = limits
         self._boxes = Boxes(limits, gate)
+        self._has_gate = gate is not None
         self._authority = authority
         self._registry = gate.registry if gate else urlsplit(proxy_url).netloc
         self._driver = ""
@@ -111,16 +112,28 @@ class Buildah:
         for path in (folder, job.folder / "tmp", job.folder / "run"):
             path.mkdir(mode=0o700, exist_ok=True)
         (folder / "policy.json").write_text(dumps({"default": [{"type": "insecureAcceptAnything"}]}))
-        (folder / "containers.conf").write_text(_CONTAINERS_CONF)
+        logins = self._logins(job)
+        # Who may change his root gets out of that of his step, and reads what is in the box.
+        capabilities = [name for name in _CAPABILITIES if name != "SYS_CHROOT" or not logins]
+        (folder / "containers.conf").write_text(_CONTAINERS_CONF.format(capabilities=dumps(capabilities)))
         storage = {"driver": driver, "graphroot": str(HOME / "storage"), "runroot": str(HOME / "run")}
         lines = (f"{key} = {dumps(value)}\n" for key, value in storage.items())
         (folder / "storage.conf").write_text("[storage]\n" + "".join(lines))
         (folder / "registries.conf").write_text(registries_conf(job.base_images, self._insecure(job)))
-        if job.auth_file is not None:
-            text = translate_auth(job.auth_file.read_text(), {self._authority: self._registry})
+        if logins:
             auth = folder / "auth.json"
             auth.touch(mode=0o600)
-            auth.write_text(text)
+            auth.write_text(logins)
+
+    def _logins(self, job: Job) -> str:
+        """The logins that have to be in the box, as buildah reads them; empty when none has. The job's file goes."""
+        if job.auth_file is None:
+            return ""
+        text = job.auth_file.read_text()
+        job.auth_file.unlink()
+        if self._has_gate:  # which knows our own
+            return without_login(text, self._authority)
+        return translate_auth(text, {self._authority: self._registry})
 
     def _insecure(self, job: Job) -> tuple[str, ...]:
         cache = self._cache_repository(job)
@@ -153,7 +166,7 @@ class Buildah:
         command += ["--network", "host", "--platform", platform, "--timestamp", str(spec.epoch)]
         command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
         command += ["--ulimit", f"nproc={self._limits.processes + SPARE_PROCESSES}", "--retry", "2"]
-        if job.auth_file is not None:
+        if (job.folder / "buildah" / "auth.json").exists():
             command += ["--authfile", str(HOME / "buildah" / "auth.json")]
         if spec.cache_repository:
             cache = self._cache_repository(job)

@@ -27,6 +27,13 @@ def _is_plain(location: str) -> bool:
     return location.startswith(("127.", "localhost:", "localhost/", "[::1]"))
 
 
+def without_login(text: str, host: str) -> str:
+    """A Docker ``config.json`` without the login of a host; empty when there is no other."""
+    document = json.loads(text)
+    auths = {name: login for name, login in document.get("auths", {}).items() if name != host}
+    return json.dumps(document | {"auths": auths}) if auths else ""
+
+
 def translate_auth(text: str, names: Mapping[str, str]) -> str:
     """A Docker ``config.json`` in which a host that has another name in ``names`` is known by both."""
     document = json.loads(text)
