@@ -234,6 +234,25 @@ async def test_breaks_without_progress_end_it(upstream: Start, tmp_path: Path) -
         assert await one.fetch(server, BLOB.digest) == BLOB.content
 
 
+@pytest.mark.parametrize(("piece", "is_enough"), [(10, False), (5000, True)])
+async def test_an_upstream_that_trickles_is_given_up(
+    upstream: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, is_enough: bool
+) -> None:
+    monkeypatch.setattr(lead_module, "_LEAST_IN_S", 0.1)
+    monkeypatch.setattr(lead_module, "_LEAST_BYTES", 1000)
+    content = blob(random_blob(60_000, seed=12))
+    server = upstream(faults=Faults(chunk_bytes=piece, delay_s=0.02))
+    server.add_blob(REPOSITORY, content)
+    async with worker(tmp_path, server) as one:
+        if is_enough:
+            assert await one.fetch(server, content.digest) == content.content
+        else:
+            with pytest.raises(UpstreamTimeout, match=r"upstream gave [0-9]+ bytes of"):
+                await one.fetch(server, content.digest)
+        await ended(one, digest=content.digest)
+    assert ranges(server) == [""]
+
+
 async def test_wrong_range_ends_it_and_the_next_pull_is_fine(upstream: Start, tmp_path: Path) -> None:
     server = serving(upstream, truncate_at=500_000, truncate_times=1, wrong_range=True)
     async with worker(tmp_path, server) as one:

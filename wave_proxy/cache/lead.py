@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from time import monotonic
 
 import structlog
 
@@ -29,6 +30,11 @@ _log = structlog.get_logger()
 
 _ATTEMPTS = 5  # without a byte of progress
 _BACKOFF_S = 0.2
+
+# An upstream that gives less than this while it is waited for so long is as good as dead. Else whoever has one could
+# keep any number of fills open: these outlive the clients that asked for them.
+_LEAST_BYTES = 16 << 10
+_LEAST_IN_S = 60.0
 
 Opener = Callable[[int, int | None], AbstractAsyncContextManager[BlobStream]]
 """Opens the blob upstream from a byte offset on; the second argument is its size once that is known."""
@@ -111,6 +117,8 @@ class Lead:
             try:
                 await self._transfer(opener)
                 break
+            except _Trickle:
+                raise
             except (UpstreamUnavailable, UpstreamTimeout) as err:
                 failures = 0 if absorber.size > before else failures + 1
                 if not absorber.size or failures >= _ATTEMPTS:
@@ -123,13 +131,15 @@ class Lead:
         absorber = self._absorber
         async with opener(absorber.size, self._fill.size) as stream:
             await self._note_size(stream.size)
-            known = absorber.size - stream.start
+            known, pace = absorber.size - stream.start, _Pace()
             try:
                 async for chunk in stream.chunks:
+                    pace.check(len(chunk), self._fill.digest)
                     self._shop.stats.bytes += len(chunk)
                     if len(chunk) > known:
                         await absorber.take(chunk[known:] if known else chunk)
                     known = max(known - len(chunk), 0)
+                    pace.wait()
             finally:
                 await absorber.settle()
         if self._fill.size is not None and absorber.size < self._fill.size:
@@ -150,3 +160,29 @@ class Lead:
             await asyncio.to_thread(evictor.evict, wanted)
             if (free := free_bytes(folder)) < wanted:
                 raise StorageFull(f"the data folder has {free} bytes left and {self._fill.digest} needs {wanted}")
+
+
+class _Trickle(UpstreamTimeout):
+    """Upstream gives next to nothing, but not nothing: to ask it again would bring no more."""
+
+
+class _Pace:
+    """How much comes while it is waited for; what we ourselves take our time for does not count."""
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self._bytes = 0
+        self._waits_since = monotonic()
+
+    def wait(self) -> None:
+        """What is taken next is waited for from now on."""
+        self._waits_since = monotonic()
+
+    def check(self, size: int, digest: str) -> None:
+        """So many bytes have come. Raises _Trickle when they are too few for the time."""
+        self._bytes += size
+        self._waited_s += monotonic() - self._waits_since
+        if self._waited_s >= _LEAST_IN_S:
+            if self._bytes < _LEAST_BYTES:
+                raise _Trickle(f"upstream gave {self._bytes} bytes of {digest} in {self._waited_s:.0f} s")
+            self._waited_s, self._bytes = 0.0, 0
