@@ -37,9 +37,9 @@ class Parameter:
 class Answer:
     """What one status means.
 
-    ``shape`` is the type of its JSON (``api.shapes``); without one, the body is of one of the ``media_types``, and
-    without those there is none. ``may_be_empty``: some answers of this status have no body. ``headers`` maps the names
-    of headers that come with it to their meanings.
+    ``shape`` is the type of its JSON (``api.shapes``); a body that is no JSON is of one of the ``media_types``, and
+    with neither of them there is none. ``may_be_empty``: some answers of this status have no body. ``headers`` maps the
+    names of headers that come with it to their meanings.
     """
 
     text: str

@@ -159,8 +159,9 @@ def _response(answer: Answer, schemas: _Found) -> dict[str, Any]:
         response["headers"] = {
             name: {"description": text, "schema": {"type": "string"}} for name, text in answer.headers.items()
         }
+    content: dict[str, Schema] = {name: {"type": "string"} for name in answer.media_types}
     if answer.shape:
-        response["content"] = {JSON: {"schema": schemas[(answer.shape, "serialization")]}}
-    elif answer.media_types:
-        response["content"] = {name: {"schema": {"type": "string"}} for name in answer.media_types}
+        content = {JSON: schemas[(answer.shape, "serialization")], **content}
+    if content:
+        response["content"] = {name: {"schema": schema} for name, schema in content.items()}
     return response

@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from api.answers import described
 from api.endpoints import HTML, Answer, endpoint, routes_of
+from api.pages.audience import varying, wants_page
 from api.pages.jobs import inspect_path, path_of, scan_facts
-from api.pages.render import Fact, fact, given, page
+from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.shapes import Message
 from wave_proxy.image.build import Kind
@@ -36,7 +37,7 @@ class ContainerPages:
         "Pages",
         {
             200: Answer("The request.", media_types=(HTML,)),
-            404: Answer("The token is unknown, or its record is not kept any more.", Message),
+            404: Answer("The token is unknown, or its record is not kept any more.", Message, (HTML,)),
         },
     )
     async def show(self, request: Request) -> Response:
@@ -44,7 +45,7 @@ class ContainerPages:
         token: str = request.path_params["token"]
         record = await self._tokens.find_record(token) if _TOKEN.fullmatch(token) else None
         if record is None:
-            return json_reply({"message": f"Unknown container token: {token[:64]}"}, 404)
+            return varying(_unknown(f"Unknown container token: {token[:64]}", request))
         build = await self._builds.find(record.request.build_id) if record.request.build_id else None
         told = described(record, build, self._authority)
         config = told.get("containerConfig", {})
@@ -56,6 +57,17 @@ class ContainerPages:
             layers=config.get("layers", []),
             files=[("Container file", told.get("containerFile")), ("Conda file", told.get("condaFile"))],
         )
+
+
+def _unknown(text: str, request: Request) -> Response:
+    if not wants_page(request):
+        return json_reply({"message": text}, 404)
+    hint = (
+        "The token may be mistyped: it is the 32 letters and digits behind `/wt/` in the name of an image. Or it is "
+        "too old: requests are kept for a while after their tokens have ended, which the operator sets with "
+        "`[tokens] retention`."
+    )
+    return message("Unknown container", text, 404, hint=hint)
 
 
 def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
@@ -84,7 +96,8 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
             fact("Fingerprint", told.get("fingerprint")),
             fact("User id", told.get("user", {}).get("id")),
             fact("Workspace", told.get("workspaceId")),
-            fact("Seqera Platform", told.get("towerEndpoint")),
+            # Clients name one with every request, also for nobody.
+            fact("Seqera Platform", told.get("towerEndpoint") if record.request.identity.is_platform else None),
         ),
     ]
 

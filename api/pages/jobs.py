@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 
 from api.endpoints import HTML, Answer
 from api.pages.formats import format_time
-from api.pages.render import Fact, fact, page
+from api.pages.render import Fact, fact, message, page
 from wave_proxy.image.build import PREFIXES, BuildRecord, Kind, split_build_id
 from wave_proxy.state.builds import BuildStore
 
@@ -52,6 +52,15 @@ class Log:
     cut: int
     size: int
     href: str
+
+
+def unknown(kind: Kind, text: str, status: int = 200) -> Response:
+    """The page for an id that no job has, which ``text`` says. Source for the status: ``wave.md`` §11.1."""
+    hint = (
+        f"The id may be mistyped. Or the {kind} is too old: {kind}s are kept for a while after they were asked for, "
+        "which the operator sets with `[build] log_retention`."
+    )
+    return message(f"Unknown {kind}", text, status, hint=hint)
 
 
 def numbered(job_id: str) -> str | None:

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from api.endpoints import endpoint, routes_of
 from api.jobs.build_answers import described_mirror
 from api.pages.formats import format_duration
-from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of
-from api.pages.render import Fact, fact, given, message, page
+from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of, unknown
+from api.pages.render import Fact, fact, given, page
 from api.scan_orders import ScanOrders
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.builds import BuildStore
@@ -30,7 +30,7 @@ class MirrorPages:
         asked: str = request.path_params["mirror_id"]
         found = await locate(self._store, "mirror", asked)
         if found is None:
-            return message("Mirror", f"Unknown container mirror id '{asked}'")
+            return unknown("mirror", f"Unknown container mirror id '{asked}'")
         return await self._show(found) if isinstance(found, BuildRecord) else found
 
     async def _show(self, record: BuildRecord) -> Response:

@@ -56,9 +56,9 @@ def page(template: str, title: str, facts: Iterable[Fact] = (), *, status: int =
     return HTMLResponse(text, status, _HEADERS)
 
 
-def message(title: str, text: str, status: int = 200) -> HTMLResponse:
-    """A page that says one thing."""
-    return page("message.html", title, text=text, status=status)
+def message(title: str, text: str, status: int = 200, *, hint: str = "") -> HTMLResponse:
+    """A page that says one thing, and in ``hint`` what to make of it: text that marks code with backticks."""
+    return page("message.html", title, text=text, hint=hint, status=status)
 
 
 def _marked(text: str) -> Markup:

@@ -13,8 +13,9 @@ from api.callers import client_address, is_from_other_site
 from api.containers import Containers
 from api.endpoints import ASKING_UPSTREAM, HTML, NOT_HERE, Answer, endpoint, routes_of
 from api.jobs.scans import described_scan
+from api.pages.audience import varying, wants_page
 from api.pages.formats import format_duration
-from api.pages.jobs import JOB_ANSWERS, State, inspect_path, locate, path_of, state_of
+from api.pages.jobs import JOB_ANSWERS, State, inspect_path, locate, path_of, state_of, unknown
 from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.rules import not_enabled
@@ -51,7 +52,7 @@ class ScanPages:
         "GET",
         "/view/scans/{scan_id}",
         "Pages",
-        {**JOB_ANSWERS, 404: Answer("There is no scan of that image.", Message), 501: NOT_HERE},
+        {**JOB_ANSWERS, 404: Answer("There is no scan of that image.", Message, (HTML,)), 501: NOT_HERE},
     )
     async def show(self, request: Request) -> Response:
         """A scan: how it stands, and what it has found."""
@@ -62,8 +63,11 @@ class ScanPages:
         if found is not None:
             return await self._show(found) if isinstance(found, BuildRecord) else found
         if "_" in asked:
-            return message("Scan", f"No scan report exists with id: {asked}")
-        return json_reply({"message": f"Unknown container scan id '{asked}'"}, 404)
+            return unknown("scan", f"No scan report exists with id: {asked}")
+        text = f"Unknown container scan id '{asked}'"
+        if wants_page(request):
+            return varying(unknown("scan", text, 404))
+        return varying(json_reply({"message": text}, 404))
 
     @endpoint(
         "POST",

@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from random import Random
+from time import time
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from tests.api_server import ApiServer
 from tests.pages.html import Page, read_page
 from tests.servers import redis_server
 from wave_proxy.image.build import BuildSpec, Compression
-from wave_proxy.image.request import Identity
+from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.image.scan import Severity, Vulnerability, count_severities
 from wave_proxy.state.builds import BuildLimits, BuildStore, Claim
 from wave_proxy.state.redis import connect
 from wave_proxy.state.scans import ScanReports
+from wave_proxy.state.tokens import TokenStore
 
 EVIL = """</pre></script><script>alert("1")</script><img src=x onerror='alert(1)'> & {{ 7 * 7 }}"""
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+PLATFORM = "https://api.platform.test"
 DIGEST = f"sha256:{'d' * 64}"
 BASE = image([layer({"base": "1"})])
 ADDED = layer({"added": "1"})
@@ -178,7 +182,9 @@ def test_a_dash_before_the_number_is_put_right(scene: Scene, asked: str, page: s
 
 @pytest.mark.parametrize("asked", ["bd-0123456789abcdef_1", "0123456789abcdef", "bd-1234567890123456", "x", "*"])
 def test_what_is_no_build(scene: Scene, asked: str) -> None:
-    assert f"Unknown build id '{asked}'" in scene.view(f"builds/{asked}").text
+    page = scene.view(f"builds/{asked}")
+    assert page.facts()["Unknown build"] == f"Unknown build id '{asked}'"
+    assert "[build] log_retention" in page.text
 
 
 def test_an_unknown_id_is_shown_as_it_is(scene: Scene) -> None:
@@ -215,6 +221,25 @@ def test_a_container(scene: Scene) -> None:
     assert page.links[scene.base] == f"/view/inspect?image={scene.base.replace('/', '%2F').replace(':', '%3A')}"
     assert ADDED.digest in page.text
     assert "data:DATA+OMITTED" in page.text
+    assert "Seqera Platform" not in facts  # clients name one for nobody as well
+
+
+@pytest.mark.parametrize(
+    ("identity", "platform"),
+    [
+        (Identity(7, access_token="secret", endpoint=PLATFORM), PLATFORM),
+        (Identity(email="ann@example.com", endpoint=PLATFORM), None),
+    ],
+    ids=["of a Platform", "of this server"],
+)
+async def test_the_platform_of_a_user(scene: Scene, identity: Identity, platform: str | None) -> None:
+    now = time()
+    request = ContainerRequest(scene.base, identity=identity, created=now, expires=now + 60)
+    async with connect(scene.redis) as redis:
+        token = await TokenStore(redis).put(request)
+    page = scene.view(f"containers/{token}")
+    assert page.facts().get("Seqera Platform") == platform
+    assert "secret" not in page.source
 
 
 def test_a_container_that_is_built(scene: Scene) -> None:
@@ -230,9 +255,14 @@ def test_a_container_that_is_built(scene: Scene) -> None:
 
 @pytest.mark.parametrize("token", ["0" * 32, "abc", "<b>", "0" * 500])
 def test_an_unknown_token(scene: Scene, token: str) -> None:
-    answer = scene.api.request("GET", f"/view/containers/{token}")
-    assert answer.status == 404
-    assert answer.json() == {"message": f"Unknown container token: {token[:64]}"}
+    text = f"Unknown container token: {token[:64]}"
+    answer = scene.api.request("GET", f"/view/containers/{token}", headers={"Accept": "*/*"})
+    assert (answer.status, answer.json(), answer.headers["Vary"]) == (404, {"message": text}, "Accept")
+    answer = scene.api.request("GET", f"/view/containers/{token}", headers={"Accept": BROWSER})
+    assert (answer.status, answer.headers["Vary"]) == (404, "Accept")
+    page = read_page(answer)
+    assert text in page.text
+    assert "[tokens] retention" in page.text
 
 
 # --- mirrors ---------------------------------------------------------------------------------------------------------
@@ -258,7 +288,9 @@ async def test_a_mirror(scene: Scene, builder: Builder) -> None:
 
 @pytest.mark.parametrize("asked", ["mr-0123456789abcdef_1", "mr-0123456789abcdef", "x"])
 def test_what_is_no_mirror(scene: Scene, asked: str) -> None:
-    assert f"Unknown container mirror id '{asked}'" in scene.view(f"mirrors/{asked}").text
+    page = scene.view(f"mirrors/{asked}")
+    assert page.facts()["Unknown mirror"] == f"Unknown container mirror id '{asked}'"
+    assert "[build] log_retention" in page.text
 
 
 async def test_a_job_has_the_page_of_its_kind(scene: Scene, builder: Builder) -> None:
@@ -317,6 +349,9 @@ def test_what_is_no_scan(scene: Scene) -> None:
     assert "No scan report exists with id: sc-0123456789abcdef_1" in scene.view("scans/sc-0123456789abcdef_1").text
     answer = scene.api.request("GET", "/view/scans/sc-0123456789abcdef")
     assert (answer.status, answer.json()) == (404, {"message": "Unknown container scan id 'sc-0123456789abcdef'"})
+    answer = scene.api.request("GET", "/view/scans/sc-0123456789abcdef", headers={"Accept": BROWSER})
+    assert answer.status == 404
+    assert "Unknown container scan id 'sc-0123456789abcdef'" in read_page(answer).text
 
 
 @pytest.mark.parametrize(
