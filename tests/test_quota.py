@@ -239,6 +239,56 @@ async def test_who_is_not_seen_for_long_is_forgotten_here_but_not_in_redis(
         assert await count(quotas, 3, somebodies[7]) == 1
 
 
+# --- a limit that is changed by the operator --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "then", "left"),
+    [
+        pytest.param(Limit(2, 3600.0), Limit(5, 600.0), 3, id="shorter and more"),
+        pytest.param(Limit(9, 3600.0), Limit(4, 600.0), 0, id="shorter and fewer"),
+        pytest.param(Limit(2, 600.0), Limit(5, 3600.0), 3, id="longer and more"),
+        pytest.param(Limit(4, 600.0), Limit(3, 3600.0), 0, id="longer and fewer"),
+        pytest.param(Limit(2, 600.0), Limit(5, 600.0), 3, id="more"),
+        pytest.param(Limit(5, 600.0), Limit(2, 600.0), 0, id="fewer"),
+    ],
+)
+async def test_what_was_used_under_another_limit_counts_for_the_new_period(
+    redis_url: str, before: Limit, then: Limit, left: int
+) -> None:
+    async with running(redis_url, before) as quotas:
+        assert await count(quotas, 20) == before.max
+    async with running(redis_url, then) as quotas:
+        assert await count(quotas, 20) == left
+        with pytest.raises(TooManyRequests) as raised:
+            await quotas.admit(ADA)
+    # A place frees a period after its use, give or take a step of the longer window.
+    assert raised.value.reset_s is not None
+    assert raised.value.reset_s <= then.period_s + 3600 / 600 + 1
+
+
+async def test_what_is_older_than_a_shortened_period_does_not_count(redis_url: str) -> None:
+    async with running(redis_url, Limit(3, 120.0)) as quotas:
+        assert await count(quotas, 5) == 3
+    before = monotonic()
+    async with running(redis_url, Limit(2, 0.4), wait_s=10.0) as quotas:
+        await asyncio.gather(quotas.admit(ADA), quotas.admit(ADA))
+        waited_s = monotonic() - before
+        await quotas.admit(ADA)
+        assert monotonic() - before - waited_s > 0.1
+    assert waited_s < 3.0
+    assert await places(redis_url) <= 3
+
+
+async def test_what_a_lease_left_unused_comes_back_under_another_period(redis_url: str) -> None:
+    async with running(redis_url, Limit(100, 600.0)) as first:
+        used = await hold_permits(first)
+        async with running(redis_url, Limit(100, 1200.0)) as second:
+            assert await count(second, 1) == 1
+    async with running(redis_url, Limit(100, 600.0)) as third:
+        assert await count(third, 200) == 99 - used
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -283,7 +333,7 @@ async def test_what_is_kept_in_redis_is_bounded_and_expires(redis_url: str) -> N
         assert found == [f"wave:quota:{{pull:user:ada@example.com}}:{p}".encode() for p in ("counts", "free", "leases")]
         async with connect(redis_url) as redis:
             assert 2 < await redis.zcard(found[1]) <= 700
-            assert await redis.hlen(found[0]) == await redis.zcard(found[1]) + 1
+            assert await redis.hlen(found[0]) == await redis.zcard(found[1]) + 2
             assert await redis.hlen(found[2]) == 3
             assert all([0 < await redis.ttl(key) <= 62 for key in found])
 

@@ -11,7 +11,7 @@ one after one period from its use. What a dead process leased comes back by itse
 A subject has three keys, ``wave:quota:{<kind>:<user|address>:<name>}:<part>``, that expire when the window is empty:
 
 - ``free``: sorted set of the instants (microseconds) at which places become free, at most some 600 of them,
-- ``counts``: hash of such an instant to how many, and ``total``,
+- ``counts``: hash of such an instant to how many, ``total``, and ``period``: that which the instants were reckoned with,
 - ``leases``: hash of process to ``<call> <permits> <instant in free> <end of the lease>``, its last one.
 """
 
@@ -87,6 +87,33 @@ local function release(at, count)
   end
   redis.call('HINCRBY', counts, 'total', -count)
 end
+
+local function follow(counted)
+  local moved = {}
+  for _, at in ipairs(redis.call('ZRANGE', free, 0, -1)) do
+    moved[text(tonumber(at) - counted + period)] = redis.call('HGET', counts, at) or '0'
+    redis.call('HDEL', counts, at)
+  end
+  redis.call('DEL', free)
+  for at, count in pairs(moved) do
+    redis.call('ZADD', free, at, at)
+    redis.call('HSET', counts, at, count)
+  end
+  local entries = redis.call('HGETALL', leases)
+  for i = 1, #entries, 2 do
+    local begin, count, at, ends = string.match(entries[i + 1], '(%d+) (%d+) (%d+) (%d+)')
+    if tonumber(count) > 0 then
+      at = text(tonumber(at) - counted + period)
+      redis.call('HSET', leases, entries[i], table.concat({begin, count, at, ends}, ' '))
+    end
+  end
+end
+
+local counted = tonumber(redis.call('HGET', counts, 'period') or period)
+if counted ~= period then
+  follow(counted)
+end
+redis.call('HSET', counts, 'period', text(period))
 
 for _, at in ipairs(redis.call('ZRANGEBYSCORE', free, '-inf', text(now))) do
   release(at, tonumber(redis.call('HGET', counts, at) or 0))
