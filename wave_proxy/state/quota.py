@@ -11,7 +11,7 @@ one after one period from its use. What a dead process leased comes back by itse
 A subject has three keys, ``wave:quota:{<kind>:<user|address>:<name>}:<part>``, that expire when the window is empty:
 
 - ``free``: sorted set of the instants (microseconds) at which places become free, at most some 600 of them,
-- ``counts``: hash of such an instant to how many, ``total``, and ``period``: that which the instants were reckoned with,
+- ``counts``: hash of such an instant to how many, ``total``, and the ``period`` that the instants were reckoned with,
 - ``leases``: hash of process to ``<call> <permits> <instant in free> <end of the lease>``, its last one.
 """
 
