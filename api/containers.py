@@ -49,6 +49,7 @@ from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.image.scan import Scan
 from wave_proxy.state.accounts import Accounts
+from wave_proxy.state.attempts import Attempts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
@@ -58,6 +59,9 @@ _GROUP = "Containers"
 _EXAMPLE = {"containerImage": "docker.io/library/busybox:latest", "containerConfig": {"env": ["GREETING=hello"]}}
 _SUBMIT = {**ASKING_UPSTREAM, 501: NOT_HERE}
 _MISSING = Answer("The token is unknown, or its record is not kept any more.", Message)
+
+# Bytes of inline layers, in an hour.
+_CARRIED, _CARRIED_ANONYMOUS, _CARRIED_IDENTIFIED, _CARRIED_S = "bytes of inline layers", 64 << 20, 512 << 20, 3600.0
 
 
 class Containers:
@@ -95,6 +99,10 @@ class Containers:
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
         self._runs = runs
+        self._carried = {
+            False: Attempts(_CARRIED, _CARRIED_ANONYMOUS, _CARRIED_S),
+            True: Attempts(_CARRIED, _CARRIED_IDENTIFIED, _CARRIED_S),
+        }
         self._max_body_bytes = max_body_bytes
         self.routes = routes_of(self)
 
@@ -249,9 +257,21 @@ class Containers:
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
+        await self._admit_layers(submission.config.layers, identity.email, ip_address)
         wanted, built = await self._resolve(submission, identity, ip_address)
         token, told = await self._record(wanted)
         return submitted(token, told, self._authority, legacy=legacy, built=built)
+
+    async def _admit_layers(self, layers: tuple[Layer, ...], email: str, ip_address: str) -> None:
+        """Let in what a request carries, which is in the state store's memory as long as tokens live.
+
+        Raises TooManyRequests.
+        """
+        missing = await self._tokens.missing_bytes(layers)
+        if missing:
+            carried, who = self._carried[bool(email)], email or ip_address
+            carried.check(who)
+            carried.count(who, missing)
 
     async def _resolve(
         self, submission: Submission, identity: Identity, ip_address: str

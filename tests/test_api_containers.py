@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from api import containers
 from bench.images import Image, Layer, image, index, layer
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
@@ -475,3 +476,21 @@ def test_large_layers_are_taken(api: ApiServer, base: str, tmp_path: Path) -> No
     large = layer({"large": b"".join(sha256(b"%d" % n).digest() for n in range(200_000))})
     assert large.size > 6_000_000
     assert api.submit(**with_layers(base, large.inline()))["succeeded"] is True
+
+
+def test_what_requests_carry_is_limited(
+    tmp_path: Path, registry: Upstream, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "_CARRIED_ANONYMOUS", TOOLS.size)
+    monkeypatch.setattr(containers, "_CARRIED_IDENTIFIED", 2 * TOOLS.size)
+    more = layer({"more": "x"})
+    with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address]) as api:
+        assert api.post(**with_layers(base, TOOLS.inline())).status == 200
+        assert api.post(**with_layers(base, TOOLS.inline())).status == 200  # it is here
+        refused = api.post(**with_layers(base, more.inline()))
+        assert refused.status == 429
+        assert "too many bytes of inline layers" in refused.json()["message"]
+        assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+        token = issue(redis_url, "ada@example.org")
+        assert api.post(**with_layers(base, more.inline()), towerAccessToken=token).status == 200
+        assert api.post(containerImage=base).status == 200

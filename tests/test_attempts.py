@@ -17,6 +17,15 @@ def test_so_many_and_no_more() -> None:
     attempts.check("192.0.2.2")
 
 
+def test_several_at_once() -> None:
+    attempts = Attempts("bytes", limit=3)
+    attempts.count("ada@example.org", 2)
+    attempts.check("ada@example.org")
+    attempts.count("ada@example.org", 2)
+    with pytest.raises(TooManyRequests):
+        attempts.check("ada@example.org")
+
+
 def test_they_are_forgotten_after_the_period() -> None:
     attempts = Attempts("wrong logins", limit=1, period_s=0.0)
     attempts.count("192.0.2.1")

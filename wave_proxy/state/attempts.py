@@ -28,11 +28,11 @@ class Attempts:
         if left_s > 0 and count >= self._limit:
             raise TooManyRequests(f"too many {self._what} from this address", int(left_s) + 1)
 
-    def count(self, address: str) -> None:
-        """One more."""
+    def count(self, address: str, number: int = 1) -> None:
+        """So many more."""
         network, now = network_of(address), monotonic()
         count, ends = self._counts.get(network, (0, 0.0))
-        self._counts[network] = (count + 1, ends) if now < ends else (1, now + self._period_s)
+        self._counts[network] = (count + number, ends) if now < ends else (number, now + self._period_s)
         self._counts.move_to_end(network)
         if len(self._counts) > _ADDRESSES:
             self._counts.popitem(last=False)

@@ -3,14 +3,14 @@
 ``wave:token:<token>`` is a hash: ``request`` (JSON), and after the first pull ``source_digest`` and ``wave_digest``;
 ``expires`` (epoch seconds) once its end has been moved, ``deleted`` once an operator has ended it. It outlives the
 token by the retention time, since the service still describes requests whose token has expired. ``wave:layer:<digest>``
-holds an inline layer's gzip bytes, once for all requests that carry it. ``wave:made:<token>`` maps the digest of each
-manifest or config that we made for the token to the digest of the upstream manifest that it was made from, so that any
-worker can make it again.
+holds an inline layer's gzip bytes, once for all requests that carry it, and as long as one of them can be pulled.
+``wave:made:<token>`` maps the digest of each manifest or config that we made for the token to the digest of the
+upstream manifest that it was made from, so that any worker can make it again.
 Deletions are announced on the channel ``wave:token-deleted``.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from secrets import token_hex
 from time import time
@@ -36,6 +36,7 @@ _STORED = "data:"
 MAX_RECORD_BYTES = 1 << 20
 MAX_INLINE_BYTES = 64 << 20  # all inline layers of a request together, as gzip
 
+_LAYER_S = 3600  # longer than the tokens that need it, as the clocks of machines differ
 _ROUND_S = 4.0  # less than the client's own limit on an answer
 
 # KEYS: a layer's key. ARGV: its bytes, and for how many seconds they are wanted. Another request may want them longer.
@@ -122,10 +123,11 @@ class TokenStore:
             raise RequestInvalid(
                 f"the request has {len(record)} bytes without its inline layers, and may have {MAX_RECORD_BYTES} bytes"
             )
-        keep_s = int(request.expires - time() + self._retention_s)
+        left_s = int(request.expires - time())
+        keep_s = int(left_s + self._retention_s)
         async with answered(), self._redis.pipeline(transaction=True) as pipe:
             for digest, content in contents.items():
-                pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(keep_s, 1))
+                pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(left_s + _LAYER_S, 1))
             pipe.hset(_key(token), "request", record)
             pipe.expire(_key(token), max(keep_s, 1))
             await pipe.execute()
@@ -191,7 +193,7 @@ class TokenStore:
         async with answered(), self._redis.pipeline(transaction=True) as pipe:
             for layer in request.config.layers:
                 if layer.is_inline:
-                    pipe.eval(_KEEP, 1, _layer_key(layer.gzip_digest), keep_s)
+                    pipe.eval(_KEEP, 1, _layer_key(layer.gzip_digest), int(ends - now) + _LAYER_S)
             pipe.eval(_KEEP, 1, _made_key(token), max(int(ends - now), 1))
             pipe.eval(_EXTEND, 1, _key(token), repr(request.expires), repr(ends), repr(now), keep_s)
             answers = await pipe.execute()
@@ -222,6 +224,17 @@ class TokenStore:
                     message = await channel.get_message(timeout=_ROUND_S)
                     if message is not None:
                         yield "" if message["type"] == "subscribe" else message["data"].decode()
+
+    async def missing_bytes(self, layers: Iterable[Layer]) -> int:
+        """How many bytes of these layers, of those which a request carries, are not here yet."""
+        sizes = {layer.gzip_digest: layer.gzip_size for layer in layers if layer.is_inline}
+        if not sizes:
+            return 0
+        async with answered(), self._redis.pipeline(transaction=False) as pipe:
+            for digest in sizes:
+                pipe.exists(_layer_key(digest))
+            known = await pipe.execute()
+        return sum(size for size, is_known in zip(sizes.values(), known, strict=True) if not is_known)
 
     async def find_layer(self, digest: str) -> bytes | None:
         """The gzip bytes of an inline layer, as they were verified; None when no living request has it."""
