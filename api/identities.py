@@ -9,6 +9,12 @@ from wave_proxy.image.platform import DEFAULT_ENDPOINT, known_endpoint
 from wave_proxy.image.request import Identity
 from wave_proxy.state.identities import AccessToken, AccessTokens, is_ours
 
+HOW_TO_BE_KNOWN = (
+    "give one as towerAccessToken or in the header Authorization: Bearer; the operator of this server issues them "
+    "with `wave-proxy token create`"
+)
+_NO_PLATFORM = "the access token is none of this server's, which begin with wpt-, and no Platform is set up here"
+
 
 @dataclass(frozen=True, slots=True)
 class Claims:
@@ -69,10 +75,10 @@ class Identities:
             return _local(await self._tokens.check(token), claims)
         if token:
             if self._platform is None:
-                raise PairingMissing(claims.endpoint)
+                raise PairingMissing(claims.endpoint, _NO_PLATFORM)
             return await self._platform.identify(claims, "" if is_ours(bearer) else bearer)
         if not self._anonymous:
-            raise RequestInvalid("Missing user access token")
+            raise RequestInvalid(f"Missing user access token - {HOW_TO_BE_KNOWN}")
         return Identity(workspace_id=claims.workspace_id, endpoint=claims.endpoint)
 
 

@@ -36,7 +36,10 @@ class MirrorPlaces:
         if target.registry == source.registry:
             raise RequestInvalid(f"Source and target mirror registries are the same - offending value '{asked[:200]}'")
         if any(f"{_name(target)}/".startswith(f"{_name(parse_reference(kept))}/") for kept in self.kept if kept):
-            raise RequestInvalid(f"Mirror registry not allowed - offending value '{asked[:200]}'")
+            raise RequestInvalid(
+                f"Mirror registry not allowed - offending value '{asked[:200]}' - builds or their caches are kept "
+                f"there; any other repository may be named, on this server {self.authority}/local/mirror"
+            )
 
     def check_local(self, target: Reference, key: str, asked: str, *, is_private: bool) -> None:
         """The same for a target on this server, of the user with that key.
@@ -85,7 +88,7 @@ class Mirroring:
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to mirror for a request. Raises RequestInvalid; NotImplementedHere where nothing is mirrored."""
         if not self._enabled:
-            raise not_enabled("Container mirror", "mirror")
+            raise not_enabled("Container mirror", "mirror", "[mirror] enabled")
         source, asked = parse_reference(wanted.image), request.build_repository or ""
         target = mirror_target(source, asked)
         self._places.check(source, target, asked)

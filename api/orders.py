@@ -2,7 +2,7 @@
 
 from api.answers import Outcome
 from api.building.planning import Planner
-from api.rules import not_enabled
+from api.rules import NO_SINGULARITY, not_enabled
 from api.schema import Submission
 from wave_proxy.errors import NotImplementedHere
 from wave_proxy.image.build import BuildRecord, BuildSpec
@@ -33,7 +33,7 @@ class Orders:
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
         """What to build for a request. Raises as ``Planner.plan``; NotImplementedHere where nothing is built."""
         if not self._enabled:
-            raise not_enabled("Container build", "build")
+            raise not_enabled("Container build", "build", "[build] engine")
         return await self._planner.plan(request, wanted)
 
     async def find(self, build_id: str) -> BuildRecord | None:
@@ -54,7 +54,7 @@ class Orders:
             is_same = known is not None and known.succeeded and known.digest == digest
             return Outcome(known.build_id if known and is_same else "", cached=True, succeeded=True)
         if spec.format == "sif":
-            raise NotImplementedHere("format: Singularity images are not built by this version yet")
+            raise NotImplementedHere(f"format: {NO_SINGULARITY}")
         gone = known.build_id if known is not None and known.succeeded else ""
         record, is_new = await self._submit(spec, gone)
         return Outcome(record.build_id, cached=record.phase == "done", succeeded=None if is_new else record.succeeded)

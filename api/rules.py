@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 
+from api.identities import HOW_TO_BE_KNOWN
 from api.schema import PackagesSpec, Submission
 from wave_proxy.errors import NotImplementedHere, RequestInvalid
 from wave_proxy.image.mirror import target_registry
 from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import Identity
+
+NO_SINGULARITY = "Singularity images are not built by this version yet"
 
 _MULTI_PLATFORM = ["linux/amd64", "linux/arm64"]
 _PIXI = "conda/pixi:v1"
@@ -23,6 +26,8 @@ def check_rules(request: Submission, *, legacy: bool) -> None:
     ``legacy`` is for requests to the deprecated endpoint.
     """
     broken = list(_mirror_rules(request, legacy=legacy) if request.mirror else _source_rules(request, legacy=legacy))
+    if broken and request.format == "sif":
+        broken.append(NO_SINGULARITY)  # else it takes as many tries as there are rules to find that out
     if broken:
         raise RequestInvalid("; ".join(dict.fromkeys(broken)))
 
@@ -30,7 +35,7 @@ def check_rules(request: Submission, *, legacy: bool) -> None:
 def check_supported(request: Submission, *, scans: bool = False) -> None:
     """Raises NotImplementedHere, in the service's own words, for what takes a scan where there are none."""
     if request.scan_mode in ("async", "required") and not scans:
-        raise not_enabled("Security scan", "scan")
+        raise not_enabled("Security scan", "scan", "[scan] program")
 
 
 def check_known(request: Submission, identity: Identity) -> None:
@@ -38,14 +43,15 @@ def check_known(request: Submission, identity: Identity) -> None:
     if request.mirror and not identity.key:
         raise RequestInvalid(
             "Container mirroring requires an authenticated request - specify the tower token attribute"
+            f" - {HOW_TO_BE_KNOWN}"
         )
 
 
-def not_enabled(service: str, key: str) -> NotImplementedHere:
-    """What a server says that does not have a service. Source: ``wave.md`` §4.8, 5."""
+def not_enabled(service: str, key: str, here: str) -> NotImplementedHere:
+    """What a server says that does not have a service, with our own setting after it. Source: ``wave.md`` §4.8, 5."""
     return NotImplementedHere(
         f"{service} service is not enabled - Check Wave configuration setting 'wave.{key}.enabled'"
-        " - HTTP status=501 - response=-"
+        f" - HTTP status=501 - response=- - here: {here}"
     )
 
 

@@ -45,7 +45,8 @@ class Fetching:
         size = sum(blob.size for blob in blobs.values())
         if size > self._max_bytes:
             raise BuildFailed(f"no space: the image has {format_size(size)}, more than [build] disk allows")
-        say(f"image {fetched.digest}, {len(manifest.layers)} layers, {format_size(size)}")
+        count = len(manifest.layers)
+        say(f"image {fetched.digest}, {count} layer{'' if count == 1 else 's'}, {format_size(size)}")
         for blob in blobs.values():
             await self._fetch_blob(repository, blob, layout)
         _write(_path_of(layout, fetched.digest), fetched.content)

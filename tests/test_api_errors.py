@@ -28,7 +28,7 @@ LIMIT = 100_000
 BASE = image([layer({"base": "1"})])
 BUILD = (
     "Container build service is not enabled - Check Wave configuration setting 'wave.build.enabled'"
-    " - HTTP status=501 - response=-"
+    " - HTTP status=501 - response=- - here: [build] engine"
 )
 
 

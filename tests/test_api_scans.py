@@ -23,7 +23,7 @@ from wave_proxy.state.usage import Usage
 
 NOT_ENABLED = (
     "Security scan service is not enabled - Check Wave configuration setting 'wave.scan.enabled'"
-    " - HTTP status=501 - response=-"
+    " - HTTP status=501 - response=- - here: [scan] program"
 )
 SPDX = b'{"spdxVersion":"SPDX-2.3"}'
 BAD = Vulnerability("CVE-1", "CRITICAL", "It's bad", "openssl", "1.0", "1.1", "https://cve.test/1")

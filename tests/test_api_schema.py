@@ -659,7 +659,8 @@ CONFLICTS: list[tuple[str, bool, dict[str, Any], str]] = [
         "sif without freeze",
         False,
         {"containerImage": "a", "format": "sif"},
-        "Singularity build is only allowed enabling freeze mode - see 'wave.freeze' setting",
+        "Singularity build is only allowed enabling freeze mode - see 'wave.freeze' setting; "
+        "Singularity images are not built by this version yet",
     ),
     (
         "several platforms of an image",
@@ -683,7 +684,8 @@ CONFLICTS: list[tuple[str, bool, dict[str, Any], str]] = [
             "freeze": True,
             "buildRepository": "a/b",
         },
-        "Multi-platform builds are not supported for Singularity format",
+        "Multi-platform builds are not supported for Singularity format; "
+        "Singularity images are not built by this version yet",
     ),
     (
         "pixi for R",
@@ -803,9 +805,10 @@ def test_what_is_not_built_in_yet(attributes: dict[str, Any], key: str) -> None:
     with pytest.raises(NotImplementedHere) as caught:
         check_supported(submission)
     assert caught.value.status == 501
-    assert str(caught.value).endswith(
+    documented = (
         f" is not enabled - Check Wave configuration setting 'wave.{key}.enabled' - HTTP status=501 - response=-"
     )
+    assert str(caught.value).endswith(f"{documented} - here: [scan] program")
 
 
 @pytest.mark.parametrize(

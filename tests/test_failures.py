@@ -43,7 +43,7 @@ BUILDAH = 'error building at STEP "RUN {0}": error while running runtime: exit s
         ("package ‘nosuch’ is not available for this version of R", 1, "unsatisfiable packages"),
         ("E: Unable to locate package nosuch", 100, "unsatisfiable packages"),
         (
-            "manifest unknown: repository 'docker.io/library/nosuch:latest' not found",
+            "manifest unknown: image 'docker.io/library/nosuch:latest' not found",
             125,
             "base image not found or not readable",
         ),

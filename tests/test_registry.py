@@ -115,7 +115,7 @@ async def test_manifest_that_does_not_exist(upstream: Start) -> None:
     server = serving(upstream)
     async with registry_at(server) as registry:
         for fetch in (registry.head_manifest, registry.fetch_manifest):
-            with pytest.raises(ManifestUnknown, match=f"^repository '{server.address}/lib/tool:none' not found$"):
+            with pytest.raises(ManifestUnknown, match=f"^image '{server.address}/lib/tool:none' not found$"):
                 await fetch(server.address, "lib/tool", "none")
             with pytest.raises(ManifestUnknown, match=f"/lib/tool@{OTHER_DIGEST}' not found"):
                 await fetch(server.address, "lib/tool", OTHER_DIGEST)

@@ -220,7 +220,8 @@ def test_only_known_users(tmp_path: Path, registry: Upstream) -> None:
     with WaveProxy(tmp_path / "data", config="[access]\nanonymous = false\n", upstreams=[registry.address]) as wave:
         for path in ("/v1alpha2/container", "/container-token", "/v1alpha1/inspect"):
             answer = wave.request("POST", path, body={"containerImage": name, "towerAccessToken": None})
-            assert (answer.status, answer.json()) == (400, {"message": "Missing user access token"})
+            assert answer.status == 400
+            assert answer.json()["message"].startswith("Missing user access token - ")
         token = issue(wave.redis_url, "ada@lab.org")
         headers = {"Authorization": f"Bearer {token}"}
         inspected = wave.request("POST", "/v1alpha1/inspect", body={"containerImage": name}, headers=headers)

@@ -108,10 +108,10 @@ class UploadOutOfOrder(UploadInvalid):
 
 
 class PairingMissing(RequestInvalid):
-    """The access token of a Platform, at ``endpoint``, that this server is not paired with."""
+    """The access token of a Platform, at ``endpoint``, that this server is not paired with; ``why``, if it is known."""
 
-    def __init__(self, endpoint: str) -> None:
-        super().__init__(f"Missing pairing record for Tower endpoint '{endpoint[:200]}'")
+    def __init__(self, endpoint: str, why: str = "") -> None:
+        super().__init__(f"Missing pairing record for Tower endpoint '{endpoint[:200]}'{why and f' - {why}'}")
         self.endpoint = endpoint
 
 

@@ -79,7 +79,7 @@ class Scans:
     async def _find(self, request: Request) -> BuildRecord | None:
         """Raises NotImplementedHere where nothing is scanned."""
         if not self._enabled:
-            raise not_enabled("Security scan", "scan")
+            raise not_enabled("Security scan", "scan", "[scan] program")
         match = _SCAN_ID.fullmatch(request.path_params["scan_id"])
         if match is None:
             return None

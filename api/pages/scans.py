@@ -57,7 +57,7 @@ class ScanPages:
     async def show(self, request: Request) -> Response:
         """A scan: how it stands, and what it has found."""
         if not self._enabled:
-            raise not_enabled("Security scan", "scan")
+            raise not_enabled("Security scan", "scan", "[scan] program")
         asked: str = request.path_params["scan_id"]
         found = await locate(self._store, "scan", asked)
         if found is not None:

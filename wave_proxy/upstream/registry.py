@@ -64,6 +64,8 @@ _OK = frozenset({200})
 # 403 is what object stores say to a HEAD with a link that was signed for GET.
 _HEAD_OR_REFUSED = frozenset({200, 400, 403, 405, 501})
 
+_NOUNS: dict[type[WaveError], str] = {ManifestUnknown: "image", BlobUnknown: "blob"}
+
 # Types that say nothing about a manifest; text/html never is one.
 _GENERIC = frozenset({"", "text/plain", "text/html", "application/json", "application/octet-stream"})
 # Their digest is that of the document without its signatures.
@@ -383,7 +385,7 @@ class Registry:
             raise await self._refusal(response, subject)
         if response.status == 404:
             response.release()
-            raise subject.missing(f"repository {subject.name!r} not found")
+            raise subject.missing(f"{_NOUNS.get(subject.missing, 'repository')} {subject.name!r} not found")
         raise await self._egress.failure(response, subject.name)
 
     async def _refusal(self, response: ClientResponse, subject: _Subject) -> WaveError:
