@@ -60,8 +60,9 @@ _EXAMPLE = {"containerImage": "docker.io/library/busybox:latest", "containerConf
 _SUBMIT = {**ASKING_UPSTREAM, 501: NOT_HERE}
 _MISSING = Answer("The token is unknown, or its record is not kept any more.", Message)
 
-# Bytes of inline layers, in an hour.
-_CARRIED, _CARRIED_ANONYMOUS, _CARRIED_IDENTIFIED, _CARRIED_S = "bytes of inline layers", 64 << 20, 512 << 20, 3600.0
+# What container requests may take of the state store's memory, in an hour; and what each takes at least.
+_KEPT, _KEPT_ANONYMOUS, _KEPT_IDENTIFIED, _KEPT_IN_S = "bytes of container requests", 64 << 20, 512 << 20, 3600.0
+_RECORD_BYTES = 1 << 10
 
 
 class Containers:
@@ -99,9 +100,9 @@ class Containers:
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
         self._runs = runs
-        self._carried = {
-            False: Attempts(_CARRIED, _CARRIED_ANONYMOUS, _CARRIED_S),
-            True: Attempts(_CARRIED, _CARRIED_IDENTIFIED, _CARRIED_S),
+        self._sizes = {
+            False: Attempts(_KEPT, _KEPT_ANONYMOUS, _KEPT_IN_S),
+            True: Attempts(_KEPT, _KEPT_IDENTIFIED, _KEPT_IN_S),
         }
         self._max_body_bytes = max_body_bytes
         self.routes = routes_of(self)
@@ -257,21 +258,19 @@ class Containers:
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
-        await self._admit_layers(submission.config.layers, identity.email, ip_address)
+        await self._admit_size(submission.config, identity.email, ip_address)
         wanted, built = await self._resolve(submission, identity, ip_address)
         token, told = await self._record(wanted)
         return submitted(token, told, self._authority, legacy=legacy, built=built)
 
-    async def _admit_layers(self, layers: tuple[Layer, ...], email: str, ip_address: str) -> None:
-        """Let in what a request carries, which is in the state store's memory as long as tokens live.
-
-        Raises TooManyRequests.
-        """
-        missing = await self._tokens.missing_bytes(layers)
-        if missing:
-            carried, who = self._carried[bool(email)], email or ip_address
-            carried.check(who)
-            carried.count(who, missing)
+    async def _admit_size(self, config: ContainerConfig, email: str, ip_address: str) -> None:
+        """Let in what a request makes the state store keep, which it does in memory. Raises TooManyRequests."""
+        texts = (*config.env, *config.entrypoint, *config.cmd, config.working_dir)
+        linked = (layer.location for layer in config.layers if not layer.is_inline)
+        kept = _RECORD_BYTES + sum(map(len, (*texts, *linked))) + await self._tokens.missing_bytes(config.layers)
+        sizes, who = self._sizes[bool(email)], email or ip_address
+        sizes.check(who)
+        sizes.count(who, kept)
 
     async def _resolve(
         self, submission: Submission, identity: Identity, ip_address: str

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from api import containers
-from bench.images import Image, Layer, image, index, layer
+from bench.images import Image, Layer, image, index, layer, random_blob
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.identified import issue, issued
@@ -478,19 +478,22 @@ def test_large_layers_are_taken(api: ApiServer, base: str, tmp_path: Path) -> No
     assert api.submit(**with_layers(base, large.inline()))["succeeded"] is True
 
 
-def test_what_requests_carry_is_limited(
+def test_what_requests_take_of_memory_is_limited(
     tmp_path: Path, registry: Upstream, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(containers, "_CARRIED_ANONYMOUS", TOOLS.size)
-    monkeypatch.setattr(containers, "_CARRIED_IDENTIFIED", 2 * TOOLS.size)
-    more = layer({"more": "x"})
+    large = layer({"large": random_blob(200_000, seed=3)})
+    monkeypatch.setattr(containers, "_KEPT_ANONYMOUS", large.size + 3000)
+    monkeypatch.setattr(containers, "_KEPT_IDENTIFIED", 20_000)
     with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address]) as api:
-        assert api.post(**with_layers(base, TOOLS.inline())).status == 200
-        assert api.post(**with_layers(base, TOOLS.inline())).status == 200  # it is here
-        refused = api.post(**with_layers(base, more.inline()))
+        for _ in range(3):  # it is there after the first
+            assert api.post(**with_layers(base, large.inline())).status == 200
+        refused = api.post(containerImage=base)
         assert refused.status == 429
-        assert "too many bytes of inline layers" in refused.json()["message"]
+        assert "too many bytes of container requests" in refused.json()["message"]
         assert 3500 < int(refused.headers["Retry-After"]) <= 3600
         token = issue(redis_url, "ada@example.org")
-        assert api.post(**with_layers(base, more.inline()), towerAccessToken=token).status == 200
-        assert api.post(containerImage=base).status == 200
+        settings: dict[str, Any] = {"env": [f"A={'x' * 4000}"], "cmd": ["y" * 4000]}
+        answers = [
+            api.post(containerImage=base, containerConfig=settings, towerAccessToken=token).status for _ in range(4)
+        ]
+        assert answers == [200, 200, 200, 429]
