@@ -11,6 +11,7 @@ from api.endpoints import endpoint, routes_of
 from api.jobs.build_answers import described_build
 from api.pages.formats import format_duration
 from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of, unknown
+from api.pages.reasons import read_reason
 from api.pages.render import Fact, fact, given, page
 from api.scan_orders import ScanOrders
 from wave_proxy.image.build import BuildRecord
@@ -46,7 +47,7 @@ class BuildPages:
             _facts(record, told, f"{path}/condalock" if lock else ""),
             state=state_of(record),
             going=record.phase != "done",
-            reason=told.get("reason"),
+            reason=read_reason(record.reason, log.text),
             files=[("Container file", told.get("dockerFile")), ("Conda file", told.get("condaFile"))],
             log=log,
         )

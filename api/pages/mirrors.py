@@ -10,6 +10,7 @@ from api.endpoints import endpoint, routes_of
 from api.jobs.build_answers import described_mirror
 from api.pages.formats import format_duration
 from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of, unknown
+from api.pages.reasons import read_reason
 from api.pages.render import Fact, fact, given, page
 from api.scan_orders import ScanOrders
 from wave_proxy.image.build import BuildRecord
@@ -42,7 +43,7 @@ class MirrorPages:
             _facts(record, told),
             state=state_of(record),
             going=record.phase != "done",
-            reason=told.get("reason"),
+            reason=read_reason(record.reason, log.text),
             files=(),
             log=log,
         )

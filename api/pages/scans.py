@@ -16,6 +16,7 @@ from api.jobs.scans import described_scan
 from api.pages.audience import varying, wants_page
 from api.pages.formats import format_duration
 from api.pages.jobs import JOB_ANSWERS, State, inspect_path, locate, path_of, state_of, unknown
+from api.pages.reasons import read_reason
 from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.rules import not_enabled
@@ -92,19 +93,21 @@ class ScanPages:
 
     async def _show(self, record: BuildRecord) -> Response:
         found = await self._reports.find_vulnerabilities(record.build_id) if record.succeeded else []
-        log = await self._store.read_log(record.build_id) or b""
-        told = described_scan(record, found, log.decode(errors="replace"))
+        log = (await self._store.read_log(record.build_id) or b"").decode(errors="replace")
+        has_packages = await self._reports.find_spdx(record.build_id) is not None
+        path = f"/v1alpha1/scans/{record.build_id}"
+        told = described_scan(record, found, log)
         vulnerabilities = [_row(one) for one in told.get("vulnerabilities", [])]
         return page(
             "scan.html",
             f"Scan {record.build_id}",
-            _facts(record, told),
+            _facts(record, told, f"{path}/spdx" if has_packages else ""),
             state=_verdict(record, await self._reports.find_counts(record.build_id)),
             going=record.phase != "done",
-            reason=told.get("reason"),
+            reason=read_reason(record.reason, log),
             vulnerabilities=vulnerabilities,
             log=told.get("logs", ""),
-            path=f"/v1alpha1/scans/{record.build_id}",
+            path=path,
         )
 
 
@@ -148,7 +151,7 @@ def _row(one: dict[str, str]) -> dict[str, str]:
     return {**one, "kind": _KINDS[one["severity"]], "href": url if url.startswith(("https://", "http://")) else ""}
 
 
-def _facts(record: BuildRecord, told: dict[str, Any]) -> list[Fact]:
+def _facts(record: BuildRecord, told: dict[str, Any], packages_path: str) -> list[Fact]:
     build_id, mirror_id = told.get("buildId", ""), told.get("mirrorId", "")
     return [
         fact("Image", told["containerImage"], inspect_path(told["containerImage"])),
@@ -160,4 +163,5 @@ def _facts(record: BuildRecord, told: dict[str, Any]) -> list[Fact]:
         fact("Started", datetime.fromisoformat(told["startTime"])),
         fact("Duration", format_duration(record.duration_s)),
         fact("Exit code", told.get("exitCode")),
+        *given(fact("Packages", "all of the image, as an SPDX document" if packages_path else None, packages_path)),
     ]

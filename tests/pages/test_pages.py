@@ -145,6 +145,16 @@ async def test_a_build_that_failed_says_why(scene: Scene, builder: Builder) -> N
     assert claim.record.spec.image not in page.links
 
 
+async def test_the_line_of_the_log_that_says_why(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start()
+    await builder.store.append_log(claim, f"STEP 1\nError: no {EVIL} there\n>> failed: …\n".encode())
+    await builder.store.finish(claim, exit_status=1, reason=f"not found: Error: no {EVIL} there; check its name")
+    page = scene.view(f"builds/{claim.record.build_id}")
+    assert ("span", {"class": "advice"}) in page.elements
+    for line in ("Failed: not found\n", f"\nError: no {EVIL} there\n", "\ncheck its name\n"):
+        assert line in page.text
+
+
 async def test_builds_without_a_number(scene: Scene, builder: Builder) -> None:
     claim = await builder.start()
     series = claim.record.spec.series
@@ -326,10 +336,14 @@ async def test_a_scan_from_the_form_to_what_it_found(scene: Scene, builder: Buil
     scan_id = await scan(scene, builder, "bad", FOUND)
     page = scene.view(f"scans/{scan_id}")
     assert "Vulnerabilities: 1 CRITICAL, 1 LOW" in page.text
-    assert ("p", {"class": "state bad"}) in page.elements
+    assert ("div", {"class": "state bad"}) in page.elements
     for text in (f"worst {EVIL}", f"CVE-2 {EVIL}", "openssl", "zlib", f"looked at {EVIL}".replace("'", "")):
         assert text in page.text
     assert page.links["CVE-1"] == "https://cve.test/1"
+    assert page.links["All of it as text"] == f"/v1alpha1/scans/{scan_id}/logs"
+    assert page.links["all of the image, as an SPDX document"] == f"/v1alpha1/scans/{scan_id}/spdx"
+    for link in ("logs", "spdx"):
+        assert scene.api.request("GET", f"/v1alpha1/scans/{scan_id}/{link}").status == 200
     assert "javascript:" not in page.source
     assert scene.api.request("GET", f"/view/scans/{scan_id[:-2]}").headers["Location"] == f"/view/scans/{scan_id}"
 
@@ -342,7 +356,9 @@ async def test_the_worst_vulnerability_colours_a_scan(
 ) -> None:
     found = [Vulnerability("CVE-3", severity)] if severity else []
     page = scene.view(f"scans/{await scan(scene, builder, f'has{severity.lower()}', found)}")
-    assert next(attributes for tag, attributes in page.elements if tag == "p") == {"class": f"state {colour}"}
+    assert next(attributes for tag, attributes in page.elements if "class" in attributes) == {
+        "class": f"state {colour}"
+    }
 
 
 def test_what_is_no_scan(scene: Scene) -> None:
