@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from builder.cgroup import Cgroup, Kind, Parent, find_parents, remove_leftovers
-from builder.gate import Gate
+from builder.gate import Gate, Writable
 from builder.ids import Ids, IdsMissing, find_ids
 from builder.limits import Limits, Meter, Watchdog
 
@@ -55,7 +55,7 @@ class Run:
     folder: Path
     log: Meter
     environment: Mapping[str, str]
-    writable: str = ""
+    writable: Writable | None = None
 
 
 class Boxes:

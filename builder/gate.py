@@ -6,10 +6,11 @@ here.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from hmac import compare_digest
 from ipaddress import ip_address
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
@@ -25,6 +26,10 @@ _MAX_HEAD_BYTES = 64 << 10
 _CHUNK_BYTES = 64 << 10
 _PROXY_PORT = 3128
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_GREETING = (  # of a registry, which has clients send the login that they have
+    b'HTTP/1.1 200 OK\r\nWWW-Authenticate: Basic realm="wave-proxy"\r\nDocker-Distribution-Api-Version: registry/2.0'
+    b"\r\nContent-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+)
 _NOT_PASSED_ON = ("connection:", "keep-alive:", "proxy-", "host:", "x-forwarded-", "x-real-ip:", "forwarded:")
 
 Log = Callable[[bytes], None]
@@ -46,6 +51,17 @@ class _Head:
     method: str
     target: str
     lines: tuple[str, ...]
+
+    def brings(self, login: Login) -> bool:
+        """Whether the request has that login."""
+        expected = f"authorization: {basic_authorization(login)}"
+        return any(compare_digest(line.encode("latin-1"), expected.encode()) for line in self._authorizations())
+
+    def _authorizations(self) -> Iterator[str]:
+        for line in self.lines:
+            name, colon, value = line.partition(":")
+            if name.lower() == "authorization":
+                yield f"authorization{colon} {value.strip()}"
 
     def encode(self, target: str, host: str) -> bytes:
         """The same request to ``target``, the only one on its connection."""
@@ -81,6 +97,17 @@ class Place:
             return self.host if ip_address(self.host).is_loopback else ""
         except ValueError:
             return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Writable:
+    """A repository on wave-proxy that a build may push to.
+
+    ``login`` is good for that at the gate alone: the tool that builds has it, and what its steps run has not.
+    """
+
+    repository: str
+    login: Login
 
 
 class Gate:
@@ -121,10 +148,12 @@ class Gate:
         return lower | {name.upper(): value for name, value in lower.items()}
 
     @asynccontextmanager
-    async def serve(self, sockets: Sequence[socket.socket], log: Log, writable: str = "") -> AsyncIterator[None]:
+    async def serve(
+        self, sockets: Sequence[socket.socket], log: Log, writable: Writable | None = None
+    ) -> AsyncIterator[None]:
         """Answer on these sockets until the block ends; all connections end with it.
 
-        ``log`` gets a line for what is refused; ``writable`` is the repository on wave-proxy that a build may push to.
+        ``log`` gets a line for what is refused.
         """
         handlers: list[_Handler] = [partial(self._serve_proxy, log), partial(self._serve_wave, writable)]
         handlers += [partial(self._serve_relay, place) for place in self._relays]
@@ -169,11 +198,18 @@ class Gate:
             status = "504 Gateway Timeout" if isinstance(err, UpstreamTimeout) else "502 Bad Gateway"
             raise _Refused(status, str(err)) from err
 
-    async def _serve_wave(self, writable: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_wave(
+        self, writable: Writable | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         head = await _read_head(reader)
         path = head.target.partition("?")[0]
         is_pull = head.method in ("GET", "HEAD") and (path == "/v2/" or path.startswith("/v2/wt/"))
-        is_cache = bool(writable) and path.startswith(f"/v2/{writable}/")
+        if path == "/v2/" and is_pull and writable is not None:
+            writer.write(_GREETING)
+            return
+        is_cache = writable is not None and path.startswith(f"/v2/{writable.repository}/")
+        if writable is not None and is_cache and not head.brings(writable.login):
+            raise _Refused("403 Forbidden", "refused by wave-proxy: only the build itself writes to its cache")
         if not (is_pull or is_cache) or "/.." in path or "%" in path:
             raise _Refused("403 Forbidden", f"refused by wave-proxy: a build may not {head.method} {clip(path)}")
         try:

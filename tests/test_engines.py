@@ -251,6 +251,8 @@ class TestBuildah:
             await shop.engine.build(replace(job, auth_file=auth))
         for file in job.folder.rglob("*"):
             assert not (file.is_file() and b"X2J1aWxkZXI6eA" in file.read_bytes()), file
+        auths = json.loads((job.folder / "buildah" / "auth.json").read_text())["auths"]
+        assert auths.keys() == {shop.engine.registry}  # with a login for this build
 
     async def test_a_mount_from_the_context_sees_the_context_only(self, shop: Workshop, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text("nobody's business")

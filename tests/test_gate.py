@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 import builder.gate
-from builder.gate import Gate, Place
+from builder.gate import Gate, Place, Writable
 from tests.servers import free_port
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+CACHE = Writable("local/cache/layers", Login("build", "k"))
 HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
 
 
@@ -69,7 +70,7 @@ class Scene:
 
 @asynccontextmanager
 async def gate(
-    *allowed: str, url: str = "http://127.0.0.1:9", writable: str = "", login: Login | None = None
+    *allowed: str, url: str = "http://127.0.0.1:9", writable: Writable | None = None, login: Login | None = None
 ) -> AsyncIterator[Scene]:
     egress = Egress({}, connect_timeout_s=5)
     way_out = Gate(egress, url, allowed, login)
@@ -213,19 +214,24 @@ async def test_the_login_for_a_cache_is_put_in_on_the_way_and_opens_nothing_else
     server = Server()
     async with (
         listening(server.serve) as address,
-        gate(url=f"http://{address}", writable="local/cache/layers", login=Login("_builder", "x")) as scene,
+        gate(url=f"http://{address}", writable=CACHE, login=Login("_builder", "x")) as scene,
     ):
-        uploads, mine = "/v2/local/cache/layers/blobs/uploads/", "Authorization: Basic bWluZQ=="
+        uploads, mine = "/v2/local/cache/layers/blobs/uploads/", "AUTHORIZATION:  Basic YnVpbGQ6aw=="
         for asked, line in (
             (f"POST {uploads}?mount=sha256:00&from=local/private/1/build", f"POST {uploads}"),
             (f"POST {uploads}?m%6funt=sha256:00&%66rom=local/private/1/build", f"POST {uploads}"),
             (f"PUT {uploads}1?digest=sha256:00&mount=1", f"PUT {uploads}1?digest=sha256%3A00"),
         ):
-            await scene.ask(f"{asked} HTTP/1.1\n{mine}\nAUTHORIZATION: x\n\n", 1)
+            await scene.ask(f"{asked} HTTP/1.1\n{mine}\nAuthorization: x\n\n", 1)
             first, *lines = server.heads.pop().split("\r\n")
             assert first == f"{line} HTTP/1.1"
             told = [one for one in lines if one.lower().startswith("authorization")]
             assert told == ["Authorization: Basic X2J1aWxkZXI6eA=="]
+        for wrong in ("", "Authorization: Basic bWluZQ==\n", "Authorization:\n", "X-A: Basic YnVpbGQ6aw==\n"):
+            for asked in (f"POST {uploads}", "GET /v2/local/cache/layers/manifests/1"):
+                assert (await scene.ask(f"{asked} HTTP/1.1\n{wrong}\n", 1)).startswith("HTTP/1.1 403 ")
+        assert server.heads == []
+        assert 'WWW-Authenticate: Basic realm="wave-proxy"' in await scene.ask("GET /v2/ HTTP/1.1\n\n", 1)
         await scene.ask(f"GET /v2/wt/0123456789ab/x/manifests/1 HTTP/1.1\n{mine}\n\n", 1)
         assert "X2J1aWxkZXI6eA==" not in server.heads.pop()
 
@@ -257,10 +263,11 @@ async def test_a_build_sees_of_wave_proxy_what_it_pulls(line: str, allowed: bool
     server = Server()
     async with (
         listening(server.serve) as address,
-        gate(url=f"http://{address}", writable="local/cache/layers") as scene,
+        gate(url=f"http://{address}", writable=CACHE if "/cache/" in line else None) as scene,
     ):
+        login = "Authorization: Basic YnVpbGQ6aw==\n" if "/cache/" in line else ""
         answer = await scene.ask(
-            f"{line} HTTP/1.1\nHost: 127.0.0.1:1\nX-Forwarded-For: 9.9.9.9\nX-Real-IP: 9.9.9.9\n\n", 1
+            f"{line} HTTP/1.1\nHost: 127.0.0.1:1\nX-Forwarded-For: 9.9.9.9\n{login}X-Real-IP: 9.9.9.9\n\n", 1
         )
     if allowed:
         assert answer == HELLO.decode()

@@ -5,17 +5,19 @@ import re
 import shutil
 from json import dumps
 from pathlib import Path
+from secrets import token_hex
 from tempfile import mkdtemp
 from urllib.parse import urlsplit
 
 from builder.box import HOME, SPARE_PROCESSES, Boxes, BoxUnavailable, Run
 from builder.engines import EngineMissing, Job
-from builder.engines.registries import registries_conf, translate_auth, without_login
+from builder.engines.registries import gated_auth, registries_conf, translate_auth
 from builder.failures import BuildFailed, classify, timed_out
-from builder.gate import Gate
+from builder.gate import Gate, Writable
 from builder.ids import IdsMissing, find_ids
 from builder.limits import Limits, Meter, Tail
 from wave_proxy.image.build import Compression
+from wave_proxy.upstream.credentials import Login
 
 _LEAST_VERSION = (1, 28)
 _TAIL_BYTES = 64 << 10
@@ -94,11 +96,12 @@ class Buildah:
         try:
             async with asyncio.timeout(job.spec.timeout_s):
                 driver = await self._storage_driver(job.folder)
-                await asyncio.to_thread(self._write_configuration, job, driver)
+                writable = self._writable(job)
+                await asyncio.to_thread(self._write_configuration, job, driver, writable)
                 tail = Tail(job.log)
                 meter = Meter(tail.write, self._limits.log_bytes)
                 for platform in job.spec.platforms:
-                    await self._run(job, tail, meter, self._build_command(job, platform))
+                    await self._run(job, tail, meter, self._build_command(job, platform), writable)
                     await self._run(job, tail, meter, _push_command(job, platform))
         except TimeoutError:
             raise timed_out(job.spec.timeout_s) from None
@@ -106,13 +109,19 @@ class Buildah:
             raise BuildFailed(str(err)) from err
         return job.folder / _LAYOUT
 
-    def _write_configuration(self, job: Job, driver: str) -> None:
+    def _writable(self, job: Job) -> Writable | None:
+        """The cache, if it is one of ours behind the gate."""
+        host, _, repository = job.spec.cache_repository.partition("/")
+        is_ours = self._has_gate and bool(repository) and host == self._authority
+        return Writable(repository, Login("build", token_hex(16))) if is_ours else None
+
+    def _write_configuration(self, job: Job, driver: str, writable: Writable | None) -> None:
         """All that buildah reads is in the workspace: nothing of the machine's, and no login but the job's."""
         folder = job.folder / "buildah"
         for path in (folder, job.folder / "tmp", job.folder / "run"):
             path.mkdir(mode=0o700, exist_ok=True)
         (folder / "policy.json").write_text(dumps({"default": [{"type": "insecureAcceptAnything"}]}))
-        logins = self._logins(job)
+        logins = self._logins(job, writable)
         # Who may change his root gets out of that of his step, and reads what is in the box.
         capabilities = [name for name in _CAPABILITIES if name != "SYS_CHROOT" or not logins]
         (folder / "containers.conf").write_text(_CONTAINERS_CONF.format(capabilities=dumps(capabilities)))
@@ -125,15 +134,15 @@ class Buildah:
             auth.touch(mode=0o600)
             auth.write_text(logins)
 
-    def _logins(self, job: Job) -> str:
+    def _logins(self, job: Job, writable: Writable | None) -> str:
         """The logins that have to be in the box, as buildah reads them; empty when none has. The job's file goes."""
-        if job.auth_file is None:
-            return ""
-        text = job.auth_file.read_text()
-        job.auth_file.unlink()
+        text = '{"auths": {}}'
+        if job.auth_file is not None:
+            text = job.auth_file.read_text()
+            job.auth_file.unlink()
         if self._has_gate:  # which knows our own
-            return without_login(text, self._authority)
-        return translate_auth(text, {self._authority: self._registry})
+            return gated_auth(text, self._authority, {self._registry: writable.login} if writable else {})
+        return translate_auth(text, {self._authority: self._registry}) if job.auth_file is not None else ""
 
     def _insecure(self, job: Job) -> tuple[str, ...]:
         cache = self._cache_repository(job)
@@ -144,7 +153,7 @@ class Buildah:
         host, slash, path = job.spec.cache_repository.partition("/")
         return f"{self._registry if host == self._authority else host}{slash}{path}"
 
-    async def _run(self, job: Job, tail: Tail, meter: Meter, argv: list[str]) -> None:
+    async def _run(self, job: Job, tail: Tail, meter: Meter, argv: list[str], writable: Writable | None = None) -> None:
         environment = {
             "TMPDIR": str(HOME / "tmp"),
             "XDG_RUNTIME_DIR": str(HOME / "run"),
@@ -154,8 +163,6 @@ class Buildah:
             "BUILDAH_ISOLATION": "chroot",
             "_CONTAINERS_USERNS_CONFIGURED": "done",
         }
-        cache = job.spec.cache_repository
-        writable = cache.partition("/")[2] if cache.partition("/")[0] == self._authority else ""
         status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable))
         if status != 0:
             raise BuildFailed(classify(tail.text, status), status)

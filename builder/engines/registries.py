@@ -1,7 +1,10 @@
 """What tools are told of registries: where base images are pulled from, and the logins of a build."""
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
+
+from wave_proxy.upstream.credentials import Login
 
 
 def registries_conf(locations: Mapping[str, str], insecure: Iterable[str] = ()) -> str:
@@ -27,11 +30,12 @@ def _is_plain(location: str) -> bool:
     return location.startswith(("127.", "localhost:", "localhost/", "[::1]"))
 
 
-def without_login(text: str, host: str) -> str:
-    """A Docker ``config.json`` without the login of a host; empty when there is no other."""
-    document = json.loads(text)
-    auths = {name: login for name, login in document.get("auths", {}).items() if name != host}
-    return json.dumps(document | {"auths": auths}) if auths else ""
+def gated_auth(text: str, host: str, logins: Mapping[str, Login]) -> str:
+    """A Docker ``config.json`` without the login of ``host``, and with ``logins``; empty when it has none."""
+    auths = {name: login for name, login in json.loads(text).get("auths", {}).items() if name != host}
+    for name, login in logins.items():
+        auths[name] = {"auth": b64encode(f"{login.username}:{login.password}".encode()).decode()}
+    return json.dumps({"auths": auths}) if auths else ""
 
 
 def translate_auth(text: str, names: Mapping[str, str]) -> str:
