@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.failures import OUT_OF_MEMORY, BuildFailed
-from builder.limits import disk_usage, format_size, usage
+from builder.limits import disk_usage, usage
 from builder.workspace import to_its_end
+from wave_proxy.image.size import format_size
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INTERVAL_S = 0.25

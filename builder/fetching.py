@@ -7,7 +7,6 @@ from pathlib import Path
 import orjson
 
 from builder.failures import BuildFailed
-from builder.limits import format_size
 from builder.workspace import Workspaces
 from wave_proxy.image.oci import (
     LINUX_AMD64,
@@ -20,6 +19,7 @@ from wave_proxy.image.oci import (
     read_manifest,
 )
 from wave_proxy.image.request import Layer
+from wave_proxy.image.size import format_size
 from wave_proxy.upstream.registry import FetchedManifest, Registry
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from builder.cgroup import Cgroup, Kind
 from builder.failures import OUT_OF_MEMORY, BuildFailed
+from wave_proxy.image.size import format_size
 
 # A build fills memory at some GB a second: what it gets beyond its limit is what it can in this time.
 _PROCESSES_INTERVAL_S = 0.1
@@ -27,14 +28,6 @@ class Limits:
     processes: int
     disk: int
     log_bytes: int
-
-
-def format_size(size: int) -> str:
-    """Such as ``4.0 GB``."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def exceeded(kind: Kind, limits: Limits) -> BuildFailed:

@@ -5,6 +5,7 @@ from contextlib import aclosing
 from time import monotonic
 
 from wave_proxy.image.oci import Descriptor
+from wave_proxy.image.size import format_size
 from wave_proxy.upstream.layout import Content
 
 _INTERVAL_S = 3.0
@@ -30,7 +31,7 @@ class Progress:
     @property
     def size(self) -> str:
         """Of all blobs, such as ``12 blobs, 900.0 MB``."""
-        return f"{len(self._blobs)} blobs, {_mb(sum(self._blobs.values()))}"
+        return f"{len(self._blobs)} blobs, {format_size(sum(self._blobs.values()))}"
 
     def note(self, blob: Descriptor, was_sent: bool) -> None:
         """The target has that blob now."""
@@ -54,7 +55,8 @@ class Progress:
         """Say how far it is, unless that was said."""
         to_send = {digest: size for digest, size in self._blobs.items() if digest not in self._there}
         sent = sum(self._sent.get(digest, 0) for digest in to_send)
-        text = f"sent {len(self._done)} of {len(to_send)} blobs, {_mb(sent)} of {_mb(sum(to_send.values()))}"
+        size = format_size(sum(to_send.values()))
+        text = f"sent {len(self._done)} of {len(to_send)} blobs, {format_size(sent)} of {size}"
         if self._there:
             text += f"; {len(self._there)} were there already"
         self._said_at = monotonic()
@@ -65,7 +67,3 @@ class Progress:
 
 def _blobs_of(content: Content) -> list[Descriptor]:
     return [*content.blobs, *(blob for child in content.children for blob in _blobs_of(child))]
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

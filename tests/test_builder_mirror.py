@@ -20,6 +20,7 @@ from builder.workspace import Workspaces
 from tests.pushing import Target, target
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import OCI_INDEX, OCI_MANIFEST
+from wave_proxy.image.size import format_size
 from wave_proxy.state.blob_places import BlobPlaces
 from wave_proxy.state.redis import connect
 from wave_proxy.state.tokens import TokenStore
@@ -118,8 +119,9 @@ async def test_everything_is_as_it_was(scene: Scene) -> None:
             assert scene.to.blobs["lab/tool", one.digest] == one.content
     puts = [one for one in scene.to.log if one.startswith("PUT /v2/lab/tool/manifests/")]
     assert [one.rpartition("/")[2] for one in puts] == [*(child.digest for child in made.children), "1"]
+    sent = format_size(sum(len(one.content) for child in made.children for one in child.blobs))
     assert scene.log[-2:] == [
-        ">> sent 4 of 4 blobs, 0.0 MB of 0.0 MB",
+        f">> sent 4 of 4 blobs, {sent} of {sent}",
         f">> mirrored {scene.to.address}/lab/tool:1@{made.digest}",
     ]
 

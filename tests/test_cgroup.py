@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from builder.cgroup import Cgroup, Parent, find_parents, remove_leftovers
-from builder.limits import Limits, exceeded, format_size, usage
+from builder.limits import Limits, exceeded, usage
 
 
 class Kernel:
@@ -181,4 +181,3 @@ def test_limits_are_said_as_people_read_them() -> None:
     limits = Limits(memory=4 * 10**9, processes=2048, disk=1, log_bytes=1)
     assert exceeded("memory", limits).reason.startswith("out of memory: the build used its limit of 4.0 GB; ")
     assert "limit of 2048 processes and threads" in exceeded("processes", limits).reason
-    assert [format_size(size) for size in (12, 1_500_000, 20 * 10**9)] == ["12 bytes", "1.5 MB", "20.0 GB"]

@@ -49,7 +49,7 @@ async def test_its_exit_status_and_both_of_its_outputs(tmp_path: Path) -> None:
         pytest.param(
             "while True: print('x' * 1000)",
             Allowance(1 << 30, 1 << 30, 100_000),
-            "the program wrote more than 100000 bytes into the log",
+            "the program wrote more than 100.0 kB into the log",
             id="output",
         ),
         pytest.param(

@@ -22,6 +22,7 @@ from wave_proxy.errors import (
 )
 from wave_proxy.image.oci import Descriptor
 from wave_proxy.image.reference import Reference
+from wave_proxy.image.size import format_size
 from wave_proxy.upstream.egress import Body
 from wave_proxy.upstream.layout import Content, read_blob_file, read_layout
 from wave_proxy.upstream.patience import patiently
@@ -149,7 +150,7 @@ class _Push:
     # --- blobs ---------------------------------------------------------------------------------------------------
 
     async def _put_blob(self, blob: Descriptor) -> None:
-        name = f"{blob.digest[:19]} ({blob.size / 1e6:.1f} MB)"
+        name = f"{blob.digest[:19]} ({format_size(blob.size)})"
         async with self._slots:
             is_there = await self._patiently(name, lambda: self._has(blob))
             self._say(f"{name} is {'there already' if is_there else 'sent'}")
