@@ -11,11 +11,11 @@ from starlette.responses import Response
 from api.answers import described
 from api.endpoints import HTML, Answer, endpoint, routes_of
 from api.pages.audience import varying, wants_page
-from api.pages.jobs import inspect_path, path_of, scan_facts
+from api.pages.jobs import commands_for, inspect_path, path_of, scan_facts
 from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.shapes import Message
-from wave_proxy.image.build import Kind
+from wave_proxy.image.build import BuildRecord, Kind
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
@@ -55,6 +55,7 @@ class ContainerPages:
             _facts(record, told),
             changes=_changes(config),
             layers=config.get("layers", []),
+            commands=commands_for(told["waveImage"]) if _can_be_pulled(record, build) else (),
             files=[("Container file", told.get("containerFile")), ("Conda file", told.get("condaFile"))],
         )
 
@@ -100,6 +101,13 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
             fact("Seqera Platform", told.get("towerEndpoint") if record.request.identity.is_platform else None),
         ),
     ]
+
+
+def _can_be_pulled(record: TokenRecord, build: BuildRecord | None) -> bool:
+    """Whether it is there, or will be: pulls by token wait for an image that is still being built."""
+    if record.request.is_durable:
+        return build is None or build.succeeded is True
+    return record.is_valid(time()) and (build is None or build.succeeded is not False)
 
 
 def _lifetime(record: TokenRecord, expires: datetime) -> list[Fact]:

@@ -146,6 +146,13 @@ async def read_end_of_log(store: BuildStore, build_id: str, href: str) -> Log:
     return end_of_log(*await store.read_end(build_id, MAX_LOG_BYTES), href)
 
 
+def commands_for(image: str) -> list[str]:
+    """What people type to have an image that is there."""
+    if image.startswith("oras://"):
+        return [f"apptainer pull {image}"]
+    return [f"docker pull {image}", f"docker run --rm {image}"]
+
+
 def end_of_log(content: bytes, before: int, href: str) -> Log:
     """The end of a log, ``before`` bytes of which are left out: from the beginning of a line on if there is one."""
     start = content.find(b"\n") + 1 if before else 0

@@ -9,7 +9,16 @@ from starlette.responses import Response
 from api.endpoints import endpoint, routes_of
 from api.jobs.build_answers import described_mirror
 from api.pages.formats import format_duration
-from api.pages.jobs import JOB_ANSWERS, inspect_path, locate, read_end_of_log, scan_facts, state_of, unknown
+from api.pages.jobs import (
+    JOB_ANSWERS,
+    commands_for,
+    inspect_path,
+    locate,
+    read_end_of_log,
+    scan_facts,
+    state_of,
+    unknown,
+)
 from api.pages.reasons import read_reason
 from api.pages.render import Fact, fact, given, page
 from api.scan_orders import ScanOrders
@@ -46,6 +55,7 @@ class MirrorPages:
             reason=read_reason(record.reason, log.text),
             files=(),
             log=log,
+            commands=commands_for(told["targetImage"]) if record.succeeded else (),
         )
 
 

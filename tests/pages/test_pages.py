@@ -78,10 +78,14 @@ class Builder:
         async def admit() -> None:
             pass
 
-        container_id = self._random.randbytes(8).hex()
+        container_id = self.random_hex()
         spec = BuildSpec(container_id, f"wave.example:9090/local/build:{container_id}", "FROM scratch\n")
         record, _ = await self.store.submit(replace(spec, **changes), admit)
         return await self.claim(record.build_id)
+
+    def random_hex(self) -> str:
+        """Of 8 bytes."""
+        return self._random.randbytes(8).hex()
 
     async def claim(self, job_id: str) -> Claim:
         """That job; others, which tests have left, are ended."""
@@ -97,6 +101,12 @@ class Builder:
 async def builder(scene: Scene) -> AsyncIterator[Builder]:
     async with connect(scene.redis) as redis:
         yield Builder(BuildStore(redis, BuildLimits(1000)), ScanReports(redis))
+
+
+def commands(page: Page) -> list[str]:
+    """What the page has to type."""
+    lines = page.text.splitlines()
+    return [line for line in lines if line.startswith(("docker pull ", "docker run ", "apptainer pull "))]
 
 
 # --- builds ----------------------------------------------------------------------------------------------------------
@@ -131,6 +141,8 @@ async def test_a_build_from_its_beginning_to_its_end(scene: Scene, builder: Buil
     assert page.links["the packages that were chosen"] == f"/v1alpha1/builds/{build_id}/condalock"
     assert page.links["All of it as text"] == log_path
     assert ("pre", {"id": "log", "tabindex": "0"}) in page.elements
+    image = claim.record.spec.target_image
+    assert commands(page) == [f"docker pull {image}", f"docker run --rm {image}"]
     assert "ann@example.com" not in page.source
     assert "192.0.2.7" not in page.source
 
@@ -142,7 +154,15 @@ async def test_a_build_that_failed_says_why(scene: Scene, builder: Builder) -> N
     assert f"Failed: killed by {EVIL}" in page.text
     assert page.facts()["Exit status"] == "137"
     assert page.facts()["Format"] == "SINGULARITY"
+    assert commands(page) == []
     assert claim.record.spec.image not in page.links
+
+
+async def test_a_singularity_image_is_pulled_by_its_own_program(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(format="sif")
+    await builder.store.finish(claim, exit_status=0, digest=DIGEST)
+    page = scene.view(f"builds/{claim.record.build_id}")
+    assert commands(page) == [f"apptainer pull oras://{claim.record.spec.target_image}"]
 
 
 async def test_the_line_of_the_log_that_says_why(scene: Scene, builder: Builder) -> None:
@@ -223,6 +243,7 @@ def test_a_container(scene: Scene) -> None:
     page = scene.view(f"containers/{answer['requestId']}")
     facts = page.facts()
     assert facts["Image to pull"] == answer["targetImage"]
+    assert commands(page)[0] == f"docker pull {answer['targetImage']}"
     assert facts["Asked for at"] == "2024-04-09 22:31 (GMT+2)"
     assert facts["Fingerprint"] == EVIL
     assert facts["Environment"] == f"A={EVIL}"
@@ -275,6 +296,21 @@ def test_an_unknown_token(scene: Scene, token: str) -> None:
     assert "[tokens] retention" in page.text
 
 
+async def test_what_can_be_pulled_of_a_request(scene: Scene, builder: Builder) -> None:
+    tag = builder.random_hex()
+    file = b64encode(f"FROM scratch\nLABEL a={tag}\n".encode()).decode()
+    by_token = scene.api.submit(containerFile=file)
+    durable = scene.api.submit(containerFile=file, freeze=True, buildRepository=f"{scene.registry.address}/frozen")
+    paths = [f"containers/{one['requestId']}" for one in (by_token, durable)]
+    waiting = [commands(scene.view(path))[:1] for path in paths]
+    for answer, exit_status in ((by_token, 1), (durable, 0)):
+        claim = await builder.claim(answer["buildId"])
+        await builder.store.finish(claim, exit_status=exit_status, reason="broken" if exit_status else "")
+    ended = [commands(scene.view(path))[:1] for path in paths]
+    assert waiting == [[f"docker pull {by_token['targetImage']}"], []]
+    assert ended == [[], [f"docker pull {durable['targetImage']}"]]
+
+
 # --- mirrors ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +330,14 @@ async def test_a_mirror(scene: Scene, builder: Builder) -> None:
     page = scene.view(f"mirrors/{mirror_id}")
     assert f"Failed: refused: {EVIL}" in page.text
     assert page.facts()["Exit code"] == "1"
+    assert commands(page) == []
+
+
+async def test_a_mirror_is_pulled_by_its_own_name(scene: Scene, builder: Builder) -> None:
+    claim = await builder.start(kind="mirror", source_image=scene.base, target_image="registry.test/done:1.0")
+    await builder.store.finish(claim, exit_status=0, digest=DIGEST)
+    page = scene.view(f"mirrors/{claim.record.build_id}")
+    assert commands(page) == ["docker pull registry.test/done:1.0", "docker run --rm registry.test/done:1.0"]
 
 
 @pytest.mark.parametrize("asked", ["mr-0123456789abcdef_1", "mr-0123456789abcdef", "x"])
