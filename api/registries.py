@@ -6,7 +6,7 @@ from wave_proxy.errors import Denied
 from wave_proxy.image.private import owner_of
 from wave_proxy.image.reference import Reference
 from wave_proxy.image.request import Identity
-from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.credentials import AT_THE_PLATFORM, Credentials, Login
 from wave_proxy.upstream.registry import Registry
 
 
@@ -37,7 +37,8 @@ class Registries:
         """The client to read (or write) ``image``'s repository as ``identity`` may. Raises Denied."""
         self._check_local(identity, image)
         login = await self.find_login(identity, image.registry, image.repository)
-        return self._registry.acting_as(Credentials({image.registry: login} if login else {}))
+        advice = AT_THE_PLATFORM if identity.is_platform else ""
+        return self._registry.acting_as(self._credentials.only(image.registry, login, advice))
 
     async def find_login(self, identity: Identity, registry: str, repository: str) -> Login | None:
         """The login that applies to that user for a repository; None where it is read without one.

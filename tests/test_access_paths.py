@@ -193,6 +193,20 @@ def test_nothing_private_on_any_path(
     scene.attack(MALLORY)
 
 
+def test_who_may_not_is_told_that_the_login_is_for_others(
+    vault: str, public: Upstream, wave: Callable[..., WaveProxy], redis_url: str
+) -> None:
+    scene = scene_of(wave, redis_url, vault, public)
+    image = {"containerImage": f"{vault}/{REPOSITORY}:1"}
+    asked = scene.wave.request("POST", "/v1alpha2/container", body=image)
+    refused = [asked, *(scene.ask("GET", f"{name}/manifests/1", {}) for name in scene.names(MALLORY)[:1])]
+    for answer in refused:
+        said = answer.body.decode().replace('\\"', '"')
+        assert f'; the login in [registries."{vault}"] is for other users' in said
+        assert "set username" not in said
+        assert "acme.org" not in said
+
+
 def test_a_login_for_everybody_opens_the_image_to_all(
     upstream: Callable[..., Upstream], public: Upstream, wave: Callable[..., WaveProxy], redis_url: str
 ) -> None:

@@ -14,6 +14,10 @@ LOGINS = Credentials(
     {"quay.io/acme": ["*@acme.org"], "quay.io/acme/core": ["Alice@acme.org", "bob@else.org"], "ghcr.io": ["*"]},
 )
 
+TABLES = Credentials(
+    {place: Login("user", "secret", f'[registries."{place}"]') for place in LOGINS._logins}, LOGINS._users
+)
+
 
 @pytest.mark.parametrize(
     ("registry", "repository", "email", "login"),
@@ -48,6 +52,42 @@ def test_ones_own_logins_come_first() -> None:
     assert mine.find("quay.io", "acme/tool") == Login("me", "secret")
     assert mine.find("ghcr.io", "acme/tool") == TEAM
     assert LOGINS.find("quay.io", "acme/tool") == HOST
+
+
+CHECK, SET = "check username and password in", "if it exists and is private, set username and password in"
+OTHERS = 'the login in [registries."{}"] is for other users'
+
+
+@pytest.mark.parametrize(
+    ("registry", "repository", "email", "advice"),
+    [
+        ("ghcr.io", "x/tool", "", OTHERS.format("ghcr.io")),
+        ("ghcr.io", "x/tool", "ada@else.org", f'{CHECK} [registries."ghcr.io"]'),
+        ("docker.io", "x/tool", "ada@else.org", f'{SET} [registries."docker.io"]'),
+        ("quay.io", "other/tool", "", f'{CHECK} [registries."quay.io"]'),
+        ("quay.io", "acme/tool", "", f'{CHECK} [registries."quay.io"]; {OTHERS.format("quay.io/acme")}'),
+        ("quay.io", "acme/tool", "carl@acme.org", f'{CHECK} [registries."quay.io/acme"]'),
+        (
+            "quay.io",
+            "acme/core/x",
+            "carl@acme.org",
+            f'{CHECK} [registries."quay.io/acme"]; {OTHERS.format("quay.io/acme/core")}',
+        ),
+        ("quay.io", "acme/core/x", "bob@else.org", f'{CHECK} [registries."quay.io/acme/core"]'),
+    ],
+)
+def test_what_is_said_to_who_is_refused(registry: str, repository: str, email: str, advice: str) -> None:
+    found = TABLES.find(registry, repository, email)
+    assert TABLES.of(email).advise(registry, repository) == advice
+    narrowed = TABLES.only(registry, found)
+    assert narrowed.advise(registry, repository) == advice
+    assert (narrowed.find(registry, repository), narrowed.find("else.io", repository)) == (found, None)
+    assert "acme.org" not in advice
+
+
+def test_what_is_said_to_a_user_of_a_platform() -> None:
+    assert TABLES.only(advice="look there").advise("ghcr.io", "x/tool") == "look there"
+    assert TABLES.only("ghcr.io", HOST, "look there").advise("ghcr.io", "x/tool").startswith(CHECK)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ async def test_refusals_do_not_loop(upstream: Start) -> None:
     [
         ("basic", None, "if it exists and is private, set username and password in", 1),
         ("basic", Login("user", "wrong"), "check username and password in", 2),
-        ("bearer", None, "check username and password in", 2),
+        ("bearer", None, "if it exists and is private, set username and password in", 2),
         ("bearer", Login("user", "wrong"), "check username and password in", 2),
     ],
 )

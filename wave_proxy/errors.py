@@ -13,6 +13,7 @@
     ├── Unauthorized             401  on the API, and for a push: who pulls is never asked for a password
     │   └── AccessTokenRefused   401  an access token of ours that is wrong, expired or revoked
     ├── Denied                   403  DENIED: upstream refused our credentials, or we whoever asks
+    │   ├── TokenRefused         403  DENIED: upstream's token service gives none
     │   └── AddressRefused       403  DENIED: a private or loopback address that no setting allows
     ├── NameUnknown              404  NAME_UNKNOWN: token or registry that does not exist
     │   └── HostUnknown          404  NAME_UNKNOWN: a registry's host that the name service does not know
@@ -138,6 +139,10 @@ class Denied(WaveError):
 
     status = 403
     code = "DENIED"
+
+
+class TokenRefused(Denied):
+    """The token service of a registry refuses us."""
 
 
 class AddressRefused(Denied):

@@ -29,7 +29,7 @@ from wave_proxy.cache.permissions import Permissions
 from wave_proxy.cache.tags import TagAnswer, Tags
 from wave_proxy.errors import BlobUnknown, Denied, RequestInvalid, StorageFull, UpstreamError, clip
 from wave_proxy.image.oci import matches, read_manifest
-from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.registry import ManifestHead, Registry, TagsPage
 from wave_proxy.upstream.transfer import BlobStream
 
@@ -83,16 +83,18 @@ class Repositories:
         self._asking: Flights[tuple[str, str], int | None] = Flights()
         self._key = ""  # of the login
 
-    def as_seen_by(self, registry: str, login: Login | None) -> "Repositories":
+    def as_seen_by(self, registry: str, login: Login | None, advice: str = "") -> "Repositories":
         """The same, for what ``login`` opens in that registry: what was shown to others is not shown to it.
+
+        ``advice`` is for who has none, and is refused.
 
         Content is shared: of what others have fetched already, upstream is only asked whether this login may have it.
         """
-        if login is None:
+        if login is None and not advice:
             return self
         view = copy(self)
-        view._registry = self._registry.acting_as(Credentials({registry: login}))
-        view._key = login.key
+        view._registry = self._registry.acting_with(registry, login, advice)
+        view._key = login.key if login else ""
         return view
 
     def permitted_until(self, registry: str, repository: str) -> float | None:

@@ -60,7 +60,6 @@ from wave_proxy.state.redis import Redis, cancel, check, connect, wait_until_up
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage
 from wave_proxy.upstream.aws import read_ecr
-from wave_proxy.upstream.credentials import Credentials
 from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits
@@ -178,7 +177,7 @@ def _registry(settings: Settings, stack: AsyncExitStack) -> Registry:
     stack.push_async_callback(egress.close)
     registry = Registry(
         egress,
-        Credentials({}),  # each pull brings the login that applies to it
+        read_credentials(settings.registries).only(),  # each pull brings the login that applies to it
         attempts=settings.upstream.attempts,
         limits=read_limits(
             settings.registries, settings.upstream.max_connections, settings.workers or os.cpu_count() or 1

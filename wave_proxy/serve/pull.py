@@ -31,6 +31,7 @@ from wave_proxy.serve.route import Route, parse_route
 from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.tokens import TokenStore
 from wave_proxy.state.usage import Usage, architecture_of
+from wave_proxy.upstream.credentials import AT_THE_PLATFORM
 
 _log = structlog.get_logger()
 
@@ -114,7 +115,8 @@ class Puller:
 
     def _seen_for(self, target: Target) -> Repositories:
         """The repositories as the one sees them who made the request."""
-        return self._repositories.as_seen_by(target.registry, target.login)
+        advice = AT_THE_PLATFORM if target.identity.is_platform else ""
+        return self._repositories.as_seen_by(target.registry, target.login, advice)
 
     # --- manifests ---------------------------------------------------------------------------------------------
 

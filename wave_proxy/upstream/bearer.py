@@ -9,7 +9,7 @@ from time import monotonic, time
 
 from yarl import URL
 
-from wave_proxy.errors import Denied, UpstreamError, clip
+from wave_proxy.errors import TokenRefused, UpstreamError, clip
 from wave_proxy.image.oci import read_json_object
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress, Endpoint, authority_of, origin_of, parse_url
@@ -116,7 +116,7 @@ class BearerTokens:
         """A token for that scope; never ``stale``, the one that was refused just now.
 
         The fetch belongs to this object, so that a caller who gives up takes nothing from the others.
-        Raises Denied, AddressRefused, TooManyRequests, UpstreamError and its children.
+        Raises TokenRefused, AddressRefused, TooManyRequests, UpstreamError and its children.
         """
         key = _key(challenge, scope, login)
         kept = self._tokens.get(key)
@@ -146,8 +146,7 @@ class BearerTokens:
         what = f"a token for {endpoint.registry}/{key.scope.repository}"
         if response.status in (401, 403):
             said = await self._egress.explain(response)
-            place = (login and login.source) or f'[registries."{endpoint.registry}"]'
-            raise Denied(f"{authority_of(realm)} refuses {what} ({said}); check username and password in {place}")
+            raise TokenRefused(f"{authority_of(realm)} refuses {what} ({said})")
         if response.status != 200:
             raise await self._egress.failure(response, what)
         token, lifetime_s = _read_token(await self._egress.read(response, _MAX_ANSWER_BYTES, what), what)

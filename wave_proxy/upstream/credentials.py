@@ -5,6 +5,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+AT_THE_PLATFORM = "if it exists and is private, add credentials for it to the workspace at the Platform"
+
 
 @dataclass(frozen=True, slots=True)
 class Login:
@@ -33,6 +35,7 @@ class Credentials:
         self._users = {place: tuple(map(str.lower, patterns)) for place, patterns in (users or {}).items() if patterns}
         self._email = ""
         self._own: Mapping[str, Login] = {}
+        self._advice = ""
 
     def of(self, email: str, own: Iterable[tuple[str, str, str]] = ()) -> "Credentials":
         """What applies to the user with that address: ``own`` logins (registry, user, password), then these."""
@@ -40,6 +43,16 @@ class Credentials:
         personal._email = email
         personal._own = {registry: Login(user, password) for registry, user, password in own}
         return personal
+
+    def only(self, registry: str = "", login: Login | None = None, advice: str = "") -> "Credentials":
+        """That login for that registry and no other; ``advise`` says ``advice`` where there is none.
+
+        What is for certain users is still known, for ``advise`` to say so.
+        """
+        narrowed = copy(self)
+        narrowed._logins, narrowed._email, narrowed._advice = {}, "", advice
+        narrowed._own = {registry: login} if login else {}
+        return narrowed
 
     def find(self, registry: str, repository: str = "", email: str = "") -> Login | None:
         """The login for that repository, of the user with that e-mail address if there is one; None for none.
@@ -66,8 +79,30 @@ class Credentials:
             place = place.rpartition("/")[0]
         return False
 
+    def advise(self, registry: str, repository: str) -> str:
+        """What to tell who was refused by that repository, of the settings that decide."""
+        login, table = self.find(registry, repository), table_of(registry)
+        others = self._find_others(f"{registry}/{repository}", login)
+        others = f"the login in {others} is for other users" if others else ""
+        if login:
+            return f"check username and password in {login.source or table}" + (f"; {others}" if others else "")
+        return self._advice or others or f"if it exists and is private, set username and password in {table}"
+
+    def _find_others(self, place: str, login: Login | None) -> str:
+        """The table that fits best and is for other users, unless that of ``login`` fits better; empty for none."""
+        while place and not (login and login.source == table_of(place)):
+            if place in self._users and not self._is_for(place, self._email):
+                return table_of(place)
+            place = place.rpartition("/")[0]
+        return ""
+
     def _is_for(self, place: str, user: str) -> bool:
         patterns = self._users.get(place)
         if patterns is None:
             return True
         return bool(user) and (user in patterns or f"*@{user.rpartition('@')[2]}" in patterns or "*" in patterns)
+
+
+def table_of(place: str) -> str:
+    """The name of a table in the configuration, as ``Login.source`` has it."""
+    return f'[registries."{place}"]'

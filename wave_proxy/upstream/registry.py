@@ -23,6 +23,7 @@ from wave_proxy.errors import (
     ManifestUnknown,
     NameUnknown,
     Offline,
+    TokenRefused,
     TooManyRequests,
     UpstreamError,
     UpstreamTimeout,
@@ -183,6 +184,10 @@ class Registry:
         other = copy(self)
         other._credentials = credentials
         return other
+
+    def acting_with(self, registry: str, login: Login | None, advice: str = "") -> "Registry":
+        """The same client with that login for that registry, and no other; ``advice`` is for who has none."""
+        return self.acting_as(self._credentials.only(registry, login, advice))
 
     def acting_for(self, email: str, own: Iterable[tuple[str, str, str]] = ()) -> "Registry":
         """The same client with the logins of that user: his ``own`` (registry, user, password), then these."""
@@ -473,9 +478,12 @@ class Registry:
         login = await self._login(subject)
         if challenge.scheme == "basic":
             return basic_authorization(login) if login else ""
-        token = await self._bearers.get(
-            challenge, subject.scope, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
-        )
+        try:
+            token = await self._bearers.get(
+                challenge, subject.scope, login, subject.endpoint, stale=stale.removeprefix("Bearer ")
+            )
+        except TokenRefused as err:
+            raise Denied(f"{err}; {self._advice(subject)}") from None
         return f"Bearer {token}"
 
     async def _login(self, subject: _Subject) -> Login | None:
@@ -492,20 +500,16 @@ class Registry:
         if origin_of(response.url) != origin_of(URL(subject.endpoint.url)):
             host = authority_of(response.url)
             return Denied(f"{host}, where registry {registry!r} sends us for {subject.name}, denies access ({said})")
-        login, place = self._credentials.find(registry, subject.repository), f'[registries."{registry}"]'
-        if login:
-            hint, place = "check username and password in", login.source or place
-        else:
-            hint = "if it exists and is private, set username and password in"
+        advice = self._advice(subject)
         if subject.is_push:
-            hint = hint.replace("if it exists and is private, ", "")
             return Denied(
-                f"registry {registry!r} does not let us push to repository {subject.repository!r} ({said}); "
-                f"{hint} {place}"
+                f"registry {registry!r} does not let us push to repository {subject.repository!r} ({said}); {advice}"
             )
-        return Denied(
-            f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); {hint} {place}"
-        )
+        return Denied(f"registry {registry!r} denies access to repository {subject.repository!r} ({said}); {advice}")
+
+    def _advice(self, subject: _Subject) -> str:
+        advice = self._credentials.advise(subject.endpoint.registry, subject.repository)
+        return advice.removeprefix("if it exists and is private, ") if subject.is_push else advice
 
 
 def _pause_s(err: BaseException, attempt: int) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from wave_proxy.upstream.credentials import Credentials, Login
+from wave_proxy.upstream.credentials import Credentials, Login, table_of
 from wave_proxy.upstream.egress import Endpoint, endpoint_for
 from wave_proxy.upstream.limits import Limit, Limits
 
@@ -68,7 +68,7 @@ def own_login(authority: str, secret: _Secret) -> dict[str, Login]:
 def read_credentials(tables: Mapping[str, RegistryTable], own: Mapping[str, Login] | None = None) -> Credentials:
     """The logins of the registries that have a user, and ``own`` ones. Raises OSError for an unreadable password."""
     found = {
-        place: Login(table.username, table.read_password(), f'[registries."{place}"]')
+        place: Login(table.username, table.read_password(), table_of(place))
         for place, table in tables.items()
         if table.username
     }
