@@ -33,6 +33,6 @@ class Site:
             ContainerPages(tokens, builds, authority),
             MirrorPages(builds, scans),
             ScanPages(builds, reports, containers, authority, enabled=scans.enabled),
-            InspectionPages(inspections, scans=scans.enabled),
+            InspectionPages(inspections, authority, scans=scans.enabled),
         )
         self.routes: list[Route] = [route for one in pages for route in one.routes]

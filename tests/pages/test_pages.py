@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from random import Random
 from time import time
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 from bench.images import image, index, layer
 from bench.upstream import Upstream
 from tests.api_server import ApiServer
+from tests.identified import issued
 from tests.pages.html import Page, read_page
-from tests.servers import redis_server
+from tests.servers import Response, redis_server
 from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.request import ContainerRequest, Identity
 from wave_proxy.image.scan import Severity, Vulnerability, count_severities
@@ -496,6 +498,67 @@ def test_one_platform_of_an_index_is_inspected(scene: Scene) -> None:
 )
 def test_what_can_not_be_inspected(scene: Scene, query: str, text: str) -> None:
     assert text in scene.view(f"inspect{query}").text
+
+
+def send(api: ApiServer, form: dict[str, str], **headers: str) -> Response:
+    """The form of inspection, sent."""
+    return api.request(
+        "POST",
+        "/view/inspect",
+        body=urlencode(form),
+        headers={"Content-Type": "application/x-www-form-urlencoded", **headers},
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "query"),
+    [
+        ({}, ""),
+        ({"image": "a/b:1", "platform": "", "token": " "}, "?image=a%2Fb%3A1"),
+        ({"image": "é&x=1", "platform": "linux/arm64"}, "?image=%C3%A9%26x%3D1&platform=linux%2Farm64"),
+    ],
+    ids=["nothing", "an image", "an image and a platform"],
+)
+def test_what_is_asked_for_without_a_token_has_an_address(scene: Scene, form: dict[str, str], query: str) -> None:
+    answer = send(scene.api, form)
+    assert (answer.status, answer.headers["Location"]) == (303, f"/view/inspect{query}")
+
+
+async def test_a_user_inspects_with_an_access_token(scene: Scene) -> None:
+    token = await issued(scene.redis, "ada@example.org")
+    with ApiServer(scene.redis, upstreams=[scene.registry.address], anonymous=False, scans=True) as api:
+        refused = read_page(api.request("GET", f"/view/inspect?image={scene.base}"))
+        assert "Missing user access token" in refused.text
+        page = read_page(send(api, {"image": scene.base, "token": token}))
+        assert BASE.digest in page.text
+        assert token not in page.source
+        assert "/view/scans" not in page.source
+        wrong = f"{token[:-1]}{'a' if token[-1] != 'a' else 'b'}"
+        page = read_page(send(api, {"image": scene.base, "token": wrong}))
+        assert ("div", {"class": "state bad"}) in page.elements
+        assert wrong not in page.source
+
+
+def test_no_browser_fills_in_a_token_or_shows_it_in_an_address(scene: Scene) -> None:
+    page = scene.view("inspect")
+    (form,) = [attributes for tag, attributes in page.elements if tag == "form"]
+    assert (form["method"], form["action"]) == ("post", "/view/inspect")
+    (field,) = [attributes for tag, attributes in page.elements if attributes.get("name") == "token"]
+    assert (field["type"], field["autocomplete"], field.get("value")) == ("password", "new-password", None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"), [("http://evil.test", 403), ("null", 403), ("http://wave.example:9090", 303)]
+)
+def test_the_form_of_another_site_inspects_nothing(scene: Scene, origin: str, status: int) -> None:
+    assert send(scene.api, {"image": scene.base}, Origin=origin).status == status
+
+
+@pytest.mark.parametrize(("body", "status"), [("x" * 30_000, 413), (b"image=\xff", 400)])
+def test_what_is_no_form(scene: Scene, body: str | bytes, status: int) -> None:
+    answer = scene.api.request("POST", "/view/inspect", body=body)
+    assert answer.status == status
+    assert "request body" in read_page(answer).text
 
 
 # --- around them -----------------------------------------------------------------------------------------------------
