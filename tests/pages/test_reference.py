@@ -1,5 +1,6 @@
 """The page of the API's reference."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -42,6 +43,12 @@ def test_every_document_is_described_once(api: ApiServer, page: Page) -> None:
 def test_members_say_what_they_are(page: Page) -> None:
     assert "A container file (Dockerfile) to build, in base64." in page.text
     assert "none, tagPrefix, imageSuffix" in page.text
+
+
+def test_the_whole_example_of_a_body_is_seen(page: Page) -> None:
+    areas = re.findall(r'<textarea data-body rows="(\d+)"[^>]*>\n(.*?)</textarea>', page.source, re.DOTALL)
+    assert [int(rows) for rows, _ in areas] == [len(text.splitlines()) for _, text in areas]
+    assert max(int(rows) for rows, _ in areas) > 6
 
 
 def test_the_address_with_a_slash_leads_there(api: ApiServer) -> None:
