@@ -14,10 +14,11 @@ from starlette.routing import BaseRoute, Route
 from api.containers import Containers
 from api.endpoints import route_of
 from api.pages.assets import Assets
+from api.pages.landing import Landing
 from api.pages.reference import ReferencePage
 from api.reference import Reference
 from api.replies import framework_error, json_reply
-from api.service import Health, Landing, favicon, robots, service_info
+from api.service import Health, favicon, robots, service_info
 from api.shield import Shield
 from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, TooManyRequests, Unauthorized, WaveError
 
@@ -49,7 +50,8 @@ def create_app(
             *reference.routes,
             *ReferencePage(lambda: reference.document).routes,
             *Assets().routes,
-            *map(route_of, (service_info, Health(check_state).show, robots, favicon, Landing(landing_url).show)),
+            *map(route_of, (service_info, Health(check_state).show, robots, favicon)),
+            *Landing(landing_url).routes,
         ],
         middleware=[Middleware(Shield)],
         exception_handlers={WaveError: _answer_error, HTTPException: _answer_framework_error},

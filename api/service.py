@@ -4,7 +4,7 @@ from base64 import b64decode
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from api.endpoints import TEXT, Answer, endpoint
 from api.replies import json_reply
@@ -38,26 +38,6 @@ async def robots(_: Request) -> Response:
 async def favicon(_: Request) -> Response:
     """An icon for browsers."""
     return Response(_ICON, media_type="image/gif")
-
-
-class Landing:
-    """The address without a path: it leads to ``url``, where there is one. Source: ``wave.md`` §1.12."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    @endpoint(
-        "GET",
-        "/",
-        _GROUP,
-        {
-            301: Answer("To the operator's page.", headers={"Location": "The page."}),
-            400: Answer("There is no page to go to."),
-        },
-    )
-    async def show(self, _: Request) -> Response:
-        """The address without a path."""
-        return RedirectResponse(self._url, 301) if self._url else Response(status_code=400)
 
 
 class Health:

@@ -16,11 +16,12 @@ from api.pages.assets import Assets
 from api.pages.builds import BuildPages
 from api.pages.containers import ContainerPages
 from api.pages.inspection import InspectionPages
+from api.pages.landing import Landing
 from api.pages.mirrors import MirrorPages
 from api.pages.reference import ReferencePage
 from api.pages.scans import ScanPages
 from api.reference import Reference
-from api.service import Health, Landing, favicon, robots, service_info
+from api.service import Health, favicon, robots, service_info
 
 _JOBS = (Containers, Builds, Mirrors, Scans, Inspections, CredentialChecks)
 _PAGES = (BuildPages, ContainerPages, MirrorPages, ScanPages, InspectionPages, Assets)

@@ -329,4 +329,4 @@ def test_the_service_about_itself(api: ApiServer) -> None:
     assert (health.status, health.json()) == (200, {"status": "UP"})
     assert api.request("GET", "/favicon.ico").headers["Content-Type"] == "image/gif"
     landing = api.request("GET", "/")
-    assert (landing.status, landing.body) == (400, b"")
+    assert (landing.status, landing.body, landing.headers["Vary"]) == (400, b"", "Accept")
