@@ -10,20 +10,24 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from wave_proxy.config import Duration, Quota, RegistrySettings, Settings, Size
+from wave_proxy.config.model import Duration, Quota, RegistrySettings, Settings, Size
+from wave_proxy.config.units import format_duration, format_size
 
 _HEAD = """\
 # Configuration
 
-<!-- Written by `make docs` from wave_proxy/config.py; edit the descriptions there. -->
+<!-- Written by `make docs` from wave_proxy/config/model.py; edit the descriptions there. -->
 
 Settings come from a TOML file (`wave-proxy serve --config wave.toml`, or its path in `WAVE_CONFIG_FILE`) and from the
 environment, which wins over the file; flags of the command line win over both. `wave-proxy config` prints the settings
-that result, with secrets hidden, and says which key is wrong, if one is. An unknown key is an error.
+that result, with secrets hidden, and says which key is wrong, if one is. An unknown key is an error. So is, for
+`wave-proxy config`, an environment variable that begins with `WAVE_` and belongs to nothing here; the service says so
+in its log and starts. What is changed counts from the next start on: `systemctl restart wave-proxy`.
 
 The environment variable of a key is `WAVE_` and its name in capitals; a table's name and its key are joined by two
 underscores: `max_bytes` in `[cache]` is `WAVE_CACHE__MAX_BYTES`. Durations are written `"500ms"`, `"10s"`, `"15m"`,
-`"36h"` or `"2d"`; sizes `"512MB"`, `"50GB"` or `"4GiB"`; quotas `"<max>/<duration>"`, such as `"100/1h"`, or `"off"`.
+`"36h"` or `"2d"`; sizes `"512MB"`, `"50GB"` or `"4GiB"`. Numbers without a unit are seconds and bytes. Quotas are
+`"<max>/<duration>"`, such as `"100/1h"`, or `"off"`. Texts, and whatever has a unit, need their quotes.
 
 """
 
@@ -33,9 +37,6 @@ In the environment all registries stand in one variable, as JSON:
 """
 
 _DURATION, _SIZE, _QUOTA = (get_args(alias)[1] for alias in (Duration, Size, Quota))
-_UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_UNITS_B = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
-_UNITS_B |= {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 
 
 def page() -> str:
@@ -103,15 +104,10 @@ def _default(field: FieldInfo) -> str:
 
 
 def _written(value: Any, field: FieldInfo) -> str:
-    """A default as users write it: in the largest unit that leaves a whole number."""
+    """A default as users write it."""
     if _DURATION in field.metadata:
-        whole = ((name, value / unit) for name, unit in _UNITS_S.items() if value % unit == 0)
-        name, count = next(whole, ("ms", value * 1000))
-        return f"{count:.0f}{name}"
-    if _SIZE in field.metadata:
-        count, name = min((value // unit, name) for name, unit in _UNITS_B.items() if value % unit == 0)
-        return f"{count}{name}"
-    return str(value)
+        return format_duration(value)
+    return format_size(value) if _SIZE in field.metadata else str(value)
 
 
 if __name__ == "__main__":

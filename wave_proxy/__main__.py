@@ -15,7 +15,7 @@ import typer
 from pydantic import SecretStr
 
 from wave_proxy import __version__, logs
-from wave_proxy.config import ConfigInvalid, Settings, hand_down, load, to_toml
+from wave_proxy.config import ConfigInvalid, Settings, hand_down, load
 from wave_proxy.errors import RequestInvalid, StateUnavailable
 from wave_proxy.serve.tls import TlsInvalid, server_context
 from wave_proxy.state.accounts import Accounts, hash_password
@@ -40,11 +40,16 @@ cli = typer.Typer(
     help="Container registry proxy and on-demand image builder for compute clusters.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # it would take the name of a table, [accounts], for markup
     pretty_exceptions_enable=False,
 )
-token = typer.Typer(help="Issue, list and revoke access tokens of users, while the service runs.", no_args_is_help=True)
+token = typer.Typer(
+    help="Issue, list and revoke access tokens of users, while the service runs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 cli.add_typer(token, name="token")
-account = typer.Typer(help="Accounts for administration.", no_args_is_help=True)
+account = typer.Typer(help="Accounts for administration.", no_args_is_help=True, rich_markup_mode=None)
 cli.add_typer(account, name="account")
 
 ConfigFile = Annotated[
@@ -142,7 +147,14 @@ def builder(config: ConfigFile = None, data: Data = None, redis: RedisUrl = None
 @cli.command("config")
 def show_config(config: ConfigFile = None) -> None:
     """Check the configuration and print what is in effect, with secrets hidden."""
-    print(to_toml(_load(config, {})), end="")
+    from wave_proxy.config.mistakes import unknown_variables
+    from wave_proxy.config.writing import to_toml
+
+    settings = _load(config, {})
+    if unknown := unknown_variables(os.environ):
+        fail("; ".join(unknown))
+        raise typer.Exit(2)
+    print(to_toml(settings), end="")
 
 
 @cli.command()
@@ -263,6 +275,17 @@ def _load(config: Path | None, overrides: dict[str, Any]) -> Settings:
         raise typer.Exit(2) from None
 
 
+def _warn(settings: Settings, part: str) -> None:
+    """Begin the log, with what is probably a mistake and could be meant."""
+    from wave_proxy.config.mistakes import unknown_variables
+
+    logs.configure(settings.log.format, settings.log.level, part)
+    for what in unknown_variables(os.environ):
+        _log.warning(f"environment: {what}")
+    if part == "supervisor" and not settings.server_url and settings.host in ("", "0.0.0.0", "::"):
+        _log.warning("server_url is not set: image names begin with localhost, and only this machine can pull them")
+
+
 def _environment(config: Path | None, overrides: dict[str, Any]) -> dict[str, str]:
     """What makes a child process load the same settings."""
     environment = {**os.environ, **{f"WAVE_{key.upper()}": str(value) for key, value in overrides.items()}}
@@ -274,6 +297,7 @@ def _environment(config: Path | None, overrides: dict[str, Any]) -> dict[str, st
 def _become(module: str, config: Path | None, overrides: dict[str, Any]) -> None:
     """Go on as another program, in this process."""
     settings = _load(config, overrides)
+    _warn(settings, module)
     if not settings.redis_url.get_secret_value():
         raise typer.Exit(fail(_NEEDS_REDIS.format(module)))
     try:
@@ -307,7 +331,7 @@ def _with_tokens(
 
 def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str, ...]) -> int:
     settings = _load(config, overrides)
-    logs.configure(settings.log.format, settings.log.level, "supervisor")
+    _warn(settings, "supervisor")
     try:
         if "api" not in parts and not settings.redis_url.get_secret_value():
             raise StartFailed(_NEEDS_REDIS.format("proxy"))

@@ -14,6 +14,19 @@ def server_context(cert: Path, key: Path | None) -> ssl.SSLContext:
     try:
         context.load_cert_chain(cert, key)
     except OSError as err:
-        raise TlsInvalid(f"tls_cert {cert} with tls_key {key}: {err}") from None
+        raise TlsInvalid(_explain(cert, key or cert, err)) from None
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+def _explain(cert: Path, key: Path, err: OSError) -> str:
+    try:
+        if b"-----BEGIN CERTIFICATE-----" not in cert.read_bytes():
+            return f"tls_cert {cert} is no PEM certificate"
+        if b"PRIVATE KEY-----" not in key.read_bytes():
+            return f"tls_key {key} is no PEM private key"
+    except OSError as unreadable:
+        return f"{unreadable.filename} can't be read: {unreadable.strerror}"
+    if isinstance(err, ssl.SSLError) and err.reason == "KEY_VALUES_MISMATCH":
+        return f"tls_key {key} is not the key of the first certificate in tls_cert {cert}"
+    return f"tls_cert {cert} with tls_key {key}: {err}"

@@ -1,16 +1,12 @@
-"""The settings: one frozen object, read once from a TOML file and the environment, which wins, and handed down.
+"""The settings: one frozen object, and the rules for each of its keys.
 
-Only ``__main__`` modules read it; everything else is handed the values that it needs. ``docs/configuration.md`` is
-generated from here, so each field's description is what users read.
+``docs/configuration.md`` is generated from here, so each field's description is what users read.
 """
 
 import os
-import pickle
-import re
-from collections.abc import Mapping
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -19,36 +15,31 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import to_json
 
+from wave_proxy.config.units import format_duration, format_size, parse_duration, parse_size
 from wave_proxy.errors import clip
-from wave_proxy.image.limit import UNITS_S, parse_limit
+from wave_proxy.image.limit import parse_limit
 from wave_proxy.image.platform import is_endpoint
 from wave_proxy.image.reference import is_registry, is_repository
 from wave_proxy.image.scan import Severity
 
-_UNITS_B = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS_B |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
-
 
 def _duration(value: object) -> object:
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
-        return float(match[1]) * UNITS_S[match[2]]
+    if isinstance(value, str):
+        return parse_duration(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     raise ValueError('expected a duration such as "500ms", "10s", "15m", "36h" or "2d"')
 
 
 def _size(value: object) -> object:
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
-        return int(float(match[1]) * _UNITS_B[match[2]])
+    if isinstance(value, str):
+        return parse_size(value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value  # none is the default of some, which comes along with the other keys of its table
     raise ValueError('expected a size such as "512MB", "50GB" or "4GiB"')
@@ -57,6 +48,18 @@ def _size(value: object) -> object:
 def _positive(value: int | None) -> int | None:
     if value is not None and value <= 0:
         raise ValueError("expected a size greater than 0")
+    return value
+
+
+def _large(value: int) -> int:
+    if value < 10**6:
+        raise ValueError('expected at least "1MB": a number without a unit is bytes, and 50 GB are "50GB"')
+    return value
+
+
+def _data(value: object) -> object:
+    if value == "":
+        raise ValueError('expected a folder; "." is the current one')
     return value
 
 
@@ -96,10 +99,13 @@ def _readable(path: Path | None) -> Path | None:
     return path
 
 
-Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
-DurationOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0)]  # "0s": not at all
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
-OptionalSize = Annotated[int | None, BeforeValidator(_size), AfterValidator(_positive)]
+_SHOW_DURATION = PlainSerializer(format_duration, when_used="json")
+_SHOW_SIZE = PlainSerializer(format_size, when_used="json-unless-none")
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0), _SHOW_DURATION]
+DurationOrNone = Annotated[float, BeforeValidator(_duration), Field(ge=0), _SHOW_DURATION]  # "0s": not at all
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0), _SHOW_SIZE]
+LargeSize = Annotated[int, BeforeValidator(_size), AfterValidator(_large), _SHOW_SIZE]  # of files: never a few bytes
+OptionalSize = Annotated[int | None, BeforeValidator(_size), AfterValidator(_positive), _SHOW_SIZE]
 Quota = Annotated[str, BeforeValidator(_quota)]
 User = Annotated[str, AfterValidator(_user)]
 TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
@@ -127,7 +133,7 @@ class RegistrySettings(_Section):
     users: tuple[User, ...] = Field(
         (),
         description='Whom the login is for: e-mail addresses (`["alice@acme.org"]`) of users with access tokens, all '
-        'of a domain (`"*@acme.org"`), all such users (`"*"`). Empty: everybody, also without an access token.',
+        'of a domain (`"*@acme.org"`), all such users (`"*"`). Left out: everybody, also without an access token.',
     )
     insecure: bool = Field(False, description="Speak plain http. Loopback hosts always do, without a `ca_file`.")
     allow_private: bool | None = Field(
@@ -158,6 +164,10 @@ class RegistrySettings(_Section):
         if bool(self.username) != has_password:
             missing = "password or password_file" if self.username else "username"
             raise ValueError(f"a login needs both: {missing} is missing")
+        if self.password.get_secret_value() and self.password_file is not None:
+            raise ValueError("password and password_file are both set: give one of them")
+        if "users" in self.model_fields_set and not self.users:
+            raise ValueError("users is empty, which would open the login to everybody: name one, or leave users out")
         if self.users and not self.username:
             raise ValueError("users says whom a login is for: username and password are missing")
         return self
@@ -226,7 +236,7 @@ class SecurityHeaderSettings(_Section):
 class CacheSettings(_Section):
     """The blob store in the data folder."""
 
-    max_bytes: Size = Field(50 * 10**9, description="Cap of the store; the blobs not used for longest go first.")
+    max_bytes: LargeSize = Field(50 * 10**9, description="Cap of the store; the blobs not used for longest go first.")
     tag_ttl: Duration = Field(
         60.0, description="How long a tag's digest is taken for known before upstream is asked again."
     )
@@ -358,9 +368,9 @@ class BuildSettings(_Section):
         description="How long a pull of an image that is still building is held; then it is answered with 503. "
         "containerd from 2.3 on gives up earlier, and is held for 25 s at most.",
     )
-    memory: Size = Field(4 * 10**9, description="Limit on the memory of one build.")
+    memory: LargeSize = Field(4 * 10**9, description="Limit on the memory of one build.")
     processes: int = Field(2048, ge=16, description="Limit on the processes and threads of one build.")
-    disk: Size = Field(20 * 10**9, description="Limit on the disk space of one build.")
+    disk: LargeSize = Field(20 * 10**9, description="Limit on the disk space of one build.")
     log_bytes: Size = Field(16 * 10**6, description="Limit on one build's log; a build that writes more fails.")
     log_retention: Duration = Field(7 * 86400.0, description="How long builds and their logs can be looked up.")
     failure_memory: Duration = Field(
@@ -384,6 +394,12 @@ class BuildSettings(_Section):
         description="What builders authorise themselves with to push to local repositories. Needed by `proxy` and "
         "`builder` when they run apart; `serve` makes its own.",
     )
+
+    @model_validator(mode="after")
+    def _has_what_the_engine_needs(self) -> Self:
+        if self.engine == "buildkit" and not self.buildkit_address:
+            raise ValueError('engine = "buildkit" needs buildkit_address, such as "tcp://buildkit:1234"')
+        return self
 
 
 class MirrorSettings(_Section):
@@ -535,7 +551,9 @@ class Settings(BaseModel):
         le=65535,
         description="Port for Prometheus, which asks it for [metrics](metrics.md); 0 picks a free one. Unset: none.",
     )
-    data: Path = Field(Path("wave-data"), description="The data folder: blobs, and the embedded Redis.")
+    data: Annotated[Path, BeforeValidator(_data)] = Field(
+        Path("wave-data"), description="The data folder: blobs, and the embedded Redis."
+    )
     workers: int = Field(0, ge=0, le=256, description="Proxy processes; 0: one per core.")
     server_url: str = Field("", description="What image names begin with; empty: `http://localhost:<port>`.")
     redis_url: SecretStr = Field(
@@ -623,128 +641,15 @@ class Settings(BaseModel):
         return os.environ.get("WAVE_OWN_URL") or self.public_url
 
 
-_OF_LOGINS = frozenset({"username", "password", "password_file", "users"})
+OF_LOGINS = frozenset({"username", "password", "password_file", "users"})
 
 
 def _check_prefix_table(place: str, table: RegistrySettings) -> None:
-    others = sorted(table.model_fields_set - _OF_LOGINS)
+    others = sorted(table.model_fields_set - OF_LOGINS)
     if others:
         raise ValueError(
-            f"{place!r} stands for repositories and may only hold a login ({', '.join(sorted(_OF_LOGINS))}), not "
+            f"{place!r} stands for repositories and may only hold a login ({', '.join(sorted(OF_LOGINS))}), not "
             f'{", ".join(others)}: that is a matter of the whole registry, [registries."{place.partition("/")[0]}"]'
         )
     if not table.username:
         raise ValueError(f"{place!r} stands for repositories and holds no login: username and password are missing")
-
-
-class ConfigInvalid(Exception):
-    """The configuration can't be used; the text names every wrong key, its value and the rule, in one line."""
-
-
-def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
-    """The effective settings: ``overrides`` (from the command line), else environment, else file, else defaults.
-
-    Raises ConfigInvalid.
-    """
-    if config_file is not None and not config_file.is_file():
-        why = "is no file" if config_file.exists() else "does not exist"
-        raise ConfigInvalid(f"configuration file {config_file} {why}")
-
-    try:
-        found = _sources(config_file)(**overrides)
-        return Settings.model_construct(**dict(found))
-    except ValidationError as err:
-        raise ConfigInvalid("; ".join(_explain(error) for error in err.errors())) from None
-    except (ValueError, OSError) as err:  # TOML syntax, unreadable file, JSON in an environment variable
-        raise ConfigInvalid(f"{config_file or 'environment'}: {err}") from None
-
-
-def _sources(config_file: Path | None) -> type[Settings]:
-    # Here and not above: it takes 9 MB and 80 ms, and who gets the settings handed down does without.
-    from pydantic_settings import (
-        BaseSettings,
-        PydanticBaseSettingsSource,
-        SettingsConfigDict,
-        TomlConfigSettingsSource,
-    )
-
-    class Sources(Settings, BaseSettings):
-        model_config = SettingsConfigDict(
-            env_prefix="WAVE_",
-            env_nested_delimiter="__",
-            frozen=True,
-            extra="forbid",
-            nested_model_default_partial_update=True,
-        )
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file)
-
-    return Sources
-
-
-def hand_down(settings: Settings) -> int:
-    """A file descriptor of memory with the settings, secrets and all, for child processes: see ``receive``."""
-    fd = os.memfd_create("wave-proxy settings")
-    os.write(fd, pickle.dumps(settings))
-    return fd
-
-
-def receive() -> Settings:
-    """What the supervisor handed down, if it did (``WAVE_SETTINGS_FD``); else ``load`` by ``WAVE_CONFIG_FILE``.
-
-    Raises ConfigInvalid.
-    """
-    if handed_down := os.environ.pop("WAVE_SETTINGS_FD", ""):
-        fd = int(handed_down)
-        content = os.pread(fd, os.fstat(fd).st_size, 0)  # others read it at the same time, and share its position
-        os.close(fd)
-        settings: Settings = pickle.loads(content)  # noqa: S301 - our own, never on a disk
-        return settings
-    config_file = os.environ.get("WAVE_CONFIG_FILE")
-    return load(Path(config_file) if config_file else None, {})
-
-
-_SECRET_KEYS = ("password", "redis_url", "accounts", "secret", "pairing_token")
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{key}: no such key"
-    value = str(error["input"]) if isinstance(error["input"], Path) else error["input"]
-    # A table may hold a password; of a single value, the key tells.
-    secret = not isinstance(value, str | int | float) or any(word in key for word in _SECRET_KEYS)
-    shown = "" if secret else f" (it is {clip(value, 80)})"
-    return f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def to_toml(settings: Settings) -> str:
-    """The settings as a TOML file that gives the same ones again, except that secrets are hidden."""
-    document = settings.model_dump(mode="json", exclude_none=True)
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_toml_value(value)}" for key, value in document.items() if key not in tables]
-    registries = tables.pop("registries", {})
-    for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items())]
-    for host, table in registries.items():
-        lines += ["", f"[registries.{_toml_value(host)}]"]
-        wanted = _OF_LOGINS if "/" in host else table
-        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if key in wanted]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    return to_json(value).decode()  # JSON's strings, numbers and booleans are TOML's
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
