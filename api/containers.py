@@ -230,7 +230,7 @@ class Containers:
     # --- a request ends up in the store --------------------------------------------------------------------------
 
     async def _find(self, token: str) -> TokenRecord | None:
-        return await self._tokens.find_record(token) if _TOKEN.fullmatch(token) else None
+        return await self._tokens.find_shown(token) if _TOKEN.fullmatch(token) else None
 
     async def _find_build(self, record: TokenRecord) -> BuildRecord | None:
         return await self._orders.find(record.request.build_id) if record.request.build_id else None

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from time import time
 
 from builder.work import until_answered
 from wave_proxy.errors import StateUnavailable
@@ -27,18 +26,10 @@ class Lending:
         if image.registry == self.authority and image.repository.startswith("wt/"):
             yield image.repository  # it names a token already
             return
-        now = time()
-        request = ContainerRequest(
-            image=str(image),
-            identity=spec.identity,
-            ip_address=spec.ip_address,
-            uncounted=True,
-            created=now,
-            expires=now + spec.timeout_s + _LEEWAY_S,
-        )
-        token = await until_answered(lambda: self._tokens.put(request))
+        request = ContainerRequest(image=str(image), identity=spec.identity, ip_address=spec.ip_address)
+        token = await until_answered(lambda: self._tokens.lend(request, spec.timeout_s + _LEEWAY_S))
         try:
             yield f"wt/{token}/{image.repository}"
         finally:
             with suppress(StateUnavailable):  # then it expires
-                await self._tokens.delete(token)
+                await self._tokens.take_back(token)

@@ -18,6 +18,7 @@ from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.identified import issue, issued
 from tests.servers import redis_server
+from wave_proxy.image.request import ContainerRequest
 from wave_proxy.state.redis import connect
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
@@ -424,6 +425,13 @@ def test_a_token_that_is_none(api: ApiServer, token: str) -> None:
     found = api.request("GET", f"/container-token/{token}")
     assert found.status == 404
     assert found.json() == {"message": f"Missing container record for token: {token[:64]}"}
+
+
+async def test_a_token_that_is_lent_to_a_builder_is_shown_to_nobody(api: ApiServer, redis: str, base: str) -> None:
+    async with connect(redis) as client:
+        token = await TokenStore(client).lend(ContainerRequest(base), 60.0)
+    for path in (f"/v1alpha2/container/{token}", f"/v1alpha2/container/{token}/status", f"/container-token/{token}"):
+        assert api.request("GET", path).status == 404
 
 
 def test_an_expired_token_is_still_described(redis: str, registry: Upstream, base: str) -> None:

@@ -156,7 +156,22 @@ async def test_a_recorded_request_is_lent_with_its_layers(redis_url: str) -> Non
         assert lent.request.uncounted
         assert 50 < lent.request.expires - time() <= 60
         assert replace(lent.request, **kept) == replace(first.request, **kept)
-    assert (await keys(redis_url))[f"wave:token:{token}"] <= 61
+        assert await tokens.find_shown(token) is None
+        assert await tokens.find_shown(first.token) == first
+        assert (await keys(redis_url))[f"wave:token:{token}"] <= 61
+
+
+async def test_of_a_lent_token_nothing_is_left(redis_url: str) -> None:
+    async with store(redis_url) as tokens, asyncio.timeout(10):
+        heard = tokens.deletions()
+        assert await anext(heard) == ""
+        token = await tokens.lend(asked(), 60.0)
+        await tokens.record_made(token, {DIGESTS[0]: DIGESTS[1]}, 60.0)
+        await tokens.take_back(token)
+        assert await anext(heard) == token
+        await tokens.record_pull(token, *DIGESTS[:2])
+        await heard.aclose()  # type: ignore[attr-defined]
+    assert await keys(redis_url) == {}
 
 
 async def test_pull_is_recorded_the_first_time(redis_url: str) -> None:

@@ -38,7 +38,7 @@ class OwnImages:
             yield replace(image, repository=f"wt/{token}/{repository}")
         finally:
             with suppress(StateUnavailable):  # then it expires
-                await self._tokens.delete(token)
+                await self._tokens.take_back(token)
 
     async def _find(self, image: Reference, identity: Identity) -> tuple[ContainerRequest, str] | None:
         """What stands for one of our images, and the repository behind its token; None when nothing does."""

@@ -43,7 +43,7 @@ class ContainerPages:
     async def show(self, request: Request) -> Response:
         """A container request: what was asked for, and which image came of it."""
         token: str = request.path_params["token"]
-        record = await self._tokens.find_record(token) if _TOKEN.fullmatch(token) else None
+        record = await self._tokens.find_shown(token) if _TOKEN.fullmatch(token) else None
         if record is None:
             return varying(_unknown(f"Unknown container token: {token[:64]}", request))
         build = await self._builds.find(record.request.build_id) if record.request.build_id else None

@@ -177,6 +177,11 @@ class TokenStore:
             size=len(fields[b"request"]),
         )
 
+    async def find_shown(self, token: str) -> TokenRecord | None:
+        """As ``find_record``, for whoever asks: a token that we have lent to ourselves is nobody's to read."""
+        record = await self.find_record(token)
+        return None if record is None or record.request.uncounted else record
+
     async def extend(self, token: str, until: float) -> float:
         """Let a token that works live until then (epoch seconds), or as long as tokens may; never less than it does.
 
@@ -210,6 +215,13 @@ class TokenStore:
             pipe.publish(_CHANNEL, token)
             await pipe.execute()
         return True
+
+    async def take_back(self, token: str) -> None:
+        """End a lent token on every worker, and leave nothing of it. Raises StateUnavailable."""
+        async with answered(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(_key(token), _made_key(token))
+            pipe.publish(_CHANNEL, token)
+            await pipe.execute()
 
     async def deletions(self) -> AsyncIterator[str]:
         """Tokens as they are deleted; an empty text each time that listening begins, be it anew after a break.
