@@ -48,7 +48,7 @@ class BoxUnavailable(Exception):
 class Run:
     """One program to run. ``folder`` is all that it can write to; ``log`` takes what it writes.
 
-    ``writable`` is the repository on wave-proxy that it may push to.
+    ``writable`` is the repository on wave-proxy that it may push to, ``registry`` another registry that it needs.
     """
 
     argv: Sequence[str]
@@ -56,6 +56,7 @@ class Run:
     log: Meter
     environment: Mapping[str, str]
     writable: Writable | None = None
+    registry: str = ""
 
 
 class Boxes:
@@ -147,7 +148,9 @@ class _Box:
                 for item in sockets:
                     stack.callback(item.close)
                 if gate is not None:
-                    await stack.enter_async_context(gate.serve(sockets, self._run.log.note, self._run.writable))
+                    await stack.enter_async_context(
+                        gate.serve(sockets, self._run.log.note, self._run.writable, self._run.registry)
+                    )
                 self._control.send(b"go")
                 await self._watch(cgroup)
                 return await self._status()

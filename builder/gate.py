@@ -149,13 +149,15 @@ class Gate:
 
     @asynccontextmanager
     async def serve(
-        self, sockets: Sequence[socket.socket], log: Log, writable: Writable | None = None
+        self, sockets: Sequence[socket.socket], log: Log, writable: Writable | None = None, registry: str = ""
     ) -> AsyncIterator[None]:
         """Answer on these sockets until the block ends; all connections end with it.
 
-        ``log`` gets a line for what is refused.
+        ``log`` gets a line for what is refused. Of configured registries the build reaches ``registry`` alone, whose
+        table says whether it may be at a private address.
         """
-        handlers: list[_Handler] = [partial(self._serve_proxy, log), partial(self._serve_wave, writable)]
+        needed = Place.parse(registry, 443) if registry else None
+        handlers: list[_Handler] = [partial(self._serve_proxy, log, needed), partial(self._serve_wave, writable)]
         handlers += [partial(self._serve_relay, place) for place in self._relays]
         crowd = _Crowd()
         servers = []
@@ -169,7 +171,9 @@ class Gate:
                 server.close()
             await crowd.disperse()
 
-    async def _serve_proxy(self, log: Log, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_proxy(
+        self, log: Log, registry: Place | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         head = await _read_head(reader)
         if head.method == "CONNECT":
             place, request = _place_of(head.target, 443), b""
@@ -178,16 +182,23 @@ class Gate:
             place = _place_of(parts.netloc, 80)
             path = parts.path or "/"
             request = head.encode(f"{path}?{parts.query}" if parts.query else path, parts.netloc)
-        with _Closing(await self._connect(place, log)) as (upstream, sender):
+        with _Closing(await self._connect(place, log, strict=place != registry or place == self._proxy)) as (
+            upstream,
+            sender,
+        ):
             if request:
                 sender.write(request)
             else:
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
             await _tunnel(reader, writer, upstream, sender)
 
-    async def _connect(self, place: Place, log: Log) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(
+        self, place: Place, log: Log, *, strict: bool
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
-            return await self._egress.connect(place.host, place.port, allow_private=place in self._allowed)
+            return await self._egress.connect(
+                place.host, place.port, allow_private=place in self._allowed, strict=strict
+            )
         except AddressRefused as err:
             text = f"refused by wave-proxy: {place} is at a private or loopback address; to let builds reach it, add "
             text += f'"{place}" to [build] allow_private'

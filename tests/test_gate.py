@@ -11,7 +11,7 @@ import builder.gate
 from builder.gate import Gate, Place, Writable
 from tests.servers import free_port
 from wave_proxy.upstream.credentials import Login
-from wave_proxy.upstream.egress import Egress
+from wave_proxy.upstream.egress import Egress, Endpoint
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 CACHE = Writable("local/cache/layers", Login("build", "k"))
@@ -98,6 +98,26 @@ async def test_a_request_to_an_allowed_address_is_passed_on_as_a_servers_own() -
         lines = server.heads[0].split("\r\n")
         assert lines == ["GET /a/b?c=d HTTP/1.1", f"Host: {address}", "X-One: 1", "Connection: close", "", ""]
     assert scene.log == b""
+
+
+async def test_what_is_open_to_wave_proxy_itself_is_not_to_builds() -> None:
+    """But for the registry of the build's cache; and never wave-proxy by its own address."""
+    server = Server()
+    async with listening(server.serve) as address, listening(server.serve) as own:
+        tables = {host: Endpoint(host, f"http://{host}", allow_private=True) for host in (address, own)}
+        way_out = Gate(Egress(tables, connect_timeout_s=5), f"http://{own}")
+        for registry, opened in (("", ()), (address, (address,)), (own, ())):
+            sockets = [socket.create_server(("127.0.0.1", 0)) for _ in way_out.listen]
+            scene = Scene(sockets)
+            async with way_out.serve(sockets, scene.log.extend, None, registry):
+                for place in (address, own):
+                    for asked in (f"GET http://{place}/", f"CONNECT {place}"):
+                        answer = await scene.ask(f"{asked} HTTP/1.1\n\n" + "GET / HTTP/1.1\n\n" * ("CONN" in asked))
+                        assert ("hello" in answer) == (place in opened), (registry, asked)
+                        assert ("403" in answer) == (place not in opened)
+            for item in sockets:
+                item.close()
+        await way_out._egress.close()
 
 
 async def test_a_tunnel_carries_bytes_both_ways() -> None:

@@ -17,6 +17,7 @@ from builder.gate import Gate, Writable
 from builder.ids import IdsMissing, find_ids
 from builder.limits import Limits, Meter, Tail
 from wave_proxy.image.build import Compression
+from wave_proxy.image.reference import parse_reference
 from wave_proxy.upstream.credentials import Login
 
 _LEAST_VERSION = (1, 28)
@@ -163,7 +164,9 @@ class Buildah:
             "BUILDAH_ISOLATION": "chroot",
             "_CONTAINERS_USERNS_CONFIGURED": "done",
         }
-        status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable))
+        cache = job.spec.cache_repository
+        registry = parse_reference(cache).registry if cache and writable is None else ""
+        status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable, registry))
         if status != 0:
             raise BuildFailed(classify(tail.text, status), status)
 

@@ -510,11 +510,12 @@ class Egress:
         return UpstreamError(f"{host} does not {verb} {what} ({said})")
 
     async def connect(
-        self, host: str, port: int, *, allow_private: bool = False, tls: bool = False
+        self, host: str, port: int, *, allow_private: bool = False, tls: bool = False, strict: bool = False
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection, for who speaks something else than our requests; the caller closes it.
 
-        It goes to public addresses only, unless ``allow_private`` or the configured registry that is there says other.
+        It goes to public addresses only, unless ``allow_private`` or, if not ``strict``, the configured registry that
+        is there says other.
         Raises AddressRefused, HostUnknown, UpstreamUnavailable, UpstreamTimeout, Offline.
         """
         there = self._by_place.get((host.lower(), port))
@@ -523,7 +524,7 @@ class Egress:
         context = (self._trust(there.ca_file) if there and there.ca_file else True) if tls else None
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                private = allow_private or (there is not None and there.allow_private)
+                private = allow_private or (there is not None and there.allow_private and not strict)
                 addresses = await _resolve(host, port, private=private)
                 return await _connect_first(addresses, port, ssl=context, server_hostname=host if tls else None)
         except TimeoutError as err:
