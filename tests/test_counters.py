@@ -35,6 +35,7 @@ pull_identified = "off"
 build_identified = "off"
 [build]
 engine = "buildkit"  # which nobody runs here: builds are begun, and counted, and fail
+buildkit_address = "tcp://127.0.0.1:1"
 """
 ADMIN = {"Authorization": f"Basic {b64encode(b'admin:secret').decode()}"}
 ADA, BOB = "ada@org1.example", "bob@Org2.example"

@@ -31,6 +31,7 @@ wait = "0s"
 anonymous_push = true
 [build]
 engine = "buildkit"  # which nobody runs here
+buildkit_address = "tcp://127.0.0.1:1"
 """
 AMD = image([layer({"tool": "amd"})], entrypoint=["/tool"])
 ARM = image([layer({"tool": "arm"})], platform="linux/arm64")

@@ -220,7 +220,8 @@ def limited(tmp_path: Path) -> Iterator[WaveProxy]:
     with Upstream() as registry:
         add_images(registry)
         text = '[quota]\nbuild_anonymous = "1/1m"\npull_anonymous = "1/1m"\nwait = "0s"\n'
-        text += f'[build]\nengine = "buildkit"\n[registries."docker.io"]\nendpoint = "{registry.url}"\n'
+        text += '[build]\nengine = "buildkit"\nbuildkit_address = "tcp://127.0.0.1:1"\n'
+        text += f'[registries."docker.io"]\nendpoint = "{registry.url}"\n'
         with WaveProxy(tmp_path / "wave", config=text, upstreams=[registry.address]) as wave:
             yield wave
 
