@@ -28,6 +28,12 @@ class Job:
     auth_file: Path | None
     log: Callable[[bytes], None]
 
+    def named(self, text: str) -> str:
+        """The text with base images by the names that the container file has for them: places have tokens."""
+        for name, place in self.base_images.items():
+            text = text.replace(place, name)
+        return text
+
 
 class Engine(Protocol):
     """Runs container files."""

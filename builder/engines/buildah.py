@@ -168,7 +168,7 @@ class Buildah:
         registry = parse_reference(cache).registry if cache and writable is None else ""
         status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable, registry))
         if status != 0:
-            raise BuildFailed(classify(tail.text, status), status)
+            raise BuildFailed(classify(job.named(tail.text), status), status)
 
     def _build_command(self, job: Job, platform: str) -> list[str]:
         spec = job.spec

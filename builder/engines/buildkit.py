@@ -83,7 +83,7 @@ class BuildKit:
         except RequestInvalid as err:
             raise BuildFailed(str(err)) from err
         if status != 0:
-            raise BuildFailed(classify(tail.text, status), status)
+            raise BuildFailed(classify(job.named(tail.text), status), status)
         return layout
 
     async def _run(self, options: list[str], logins: Path, meter: Meter) -> int:

@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from shutil import which
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from bench.images import layer
 from tests.building.works import Works, open_works, order, until, wait_done, why_no_builds
+from tests.identified import issue
 from tests.servers import WaveProxy
 
 EVIL = """</pre><script>alert("1")</script><img src=x onerror=alert(2)><a href="javascript:alert(3)">x</a>"""
@@ -118,6 +121,32 @@ def test_a_build_that_waits_begins_in_the_page(works: Works, wave: WaveProxy, vi
     text_of(page, "#log").to_contain_text("begun\n")
     for answer in slow:
         wait_done(wave, answer["buildId"])
+
+
+def test_a_failure_is_told_in_parts(works: Works, wave: WaveProxy, visit: Open) -> None:
+    name = f"{works.base}/not/there"
+    build_id = order(wave, f"FROM {name}:1.5\nRUN echo never\n")["buildId"]
+    wait_done(wave, build_id)
+    page = visit(f"/view/builds/{build_id}")
+    text_of(page, "#facts .state").to_contain_text("Failed: base image not found or not readable")
+    text_of(page, "#facts .state code").to_contain_text(f"reading manifest 1.5 in {name}")
+    text_of(page, "#facts .advice").to_have_text("check its name, and the login of its registry")
+    assert "/wt/" not in (page.locator("main").text_content() or "")
+
+
+def test_a_user_inspects_with_an_access_token(works: Works, wave: WaveProxy, visit: Open) -> None:
+    with ThreadPoolExecutor(1) as aside:  # playwright has this thread's event loop
+        token = aside.submit(issue, works.redis, "ada@example.org").result()
+    page = visit("/view/inspect")
+    page.get_by_label("Image").fill(works.base)
+    page.get_by_role("button").click()
+    text_of(page, "main pre").to_contain_text('"imageName": "library/busybox"')
+    assert page.url.endswith(f"/view/inspect?image={quote(works.base, safe='')}")
+    page.get_by_label("Access token").fill(token)
+    page.get_by_role("button", name="Inspect").click()
+    text_of(page, "main pre").to_contain_text('"imageName": "library/busybox"')
+    assert page.url == f"{wave.url}/view/inspect"
+    expect(page.get_by_label("Access token")).to_have_value("")
 
 
 def test_without_scripts_the_page_asks_again(works: Works, wave: WaveProxy, browser: Browser) -> None:
