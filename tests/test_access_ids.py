@@ -13,7 +13,7 @@ from bench.upstream import Upstream
 from tests.identified import issue
 from tests.scanner_program import write_program
 from tests.servers import WaveProxy
-from tests.test_access_builds import ALICE, PASSWORD, USER, Site, key_of, site
+from tests.test_access_builds import ALICE, MALLORY, PASSWORD, USER, Site, key_of, site
 from wave_proxy.image.mirror import mirror_hash
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.state.redis import connect
@@ -110,3 +110,11 @@ def test_builds(site: Site) -> None:
     file = f"FROM {site.vault}/acme/open:1\nRUN true\n"
     repository, _, tag = site.target(ALICE, file).rpartition(":")
     assert tag == container_id(container_file=file, platform="linux/amd64", repository=repository)
+
+
+def test_a_build_that_takes_layers_from_a_cache_of_ones_own_is_not_that_of_others(site: Site) -> None:
+    """Who asks first could else have put anything there, and all who ask for the same would get it."""
+    file = f"FROM {site.vault}/acme/open:1\nRUN true\n"
+    plain, cached = site.target(MALLORY, file), site.target(MALLORY, file, cacheRepository="quay.io/mallory/cache")
+    assert plain != cached
+    assert site.target(ALICE, file) == plain

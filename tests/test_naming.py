@@ -92,6 +92,8 @@ def test_a_config_that_changes_nothing_is_not_in_the_id() -> None:
     asked: dict[str, Any] = {"container_file": "FROM foo", "platform": "linux/amd64", "repository": "wave/build"}
     assert container_id(**asked, config=config(env=[], layers=None)) == plain
     assert container_id(**asked, included=(CONTEXT,)) != plain
+    assert container_id(**asked, cache="") == plain
+    assert len({plain, *(container_id(**asked, cache=cache) for cache in ("quay.io/a/cache", "quay.io/b/cache"))}) == 3
 
 
 FUSION = {

@@ -39,11 +39,13 @@ def container_id(
     context: Layer | None = None,
     config: ConfigSpec | None = None,
     included: Sequence[Layer] = (),
+    cache: str = "",
 ) -> str:
     """The id of what a build makes: 16 hex digits.
 
     ``repository`` is the one that is pushed to, as asked for; ``context`` is the build context. ``config`` and the
-    layers ``included`` from other images belong in it when the build bakes them in (freeze).
+    layers ``included`` from other images belong in it when the build bakes them in (freeze). ``cache`` is a place of
+    the requester's own that layers are taken from: what he has put there, others must not get for their requests.
     Source: ``wave.md`` §4.9a, vectors V2.
     """
     attributes = {
@@ -56,6 +58,8 @@ def container_id(
         attributes["buildContext"] = context.tar_digest
     if included or (config and config.to_config()):
         attributes["containerConfig"] = str(hash_config(config or ConfigSpec(), included))
+    if cache:
+        attributes["cacheRepository"] = cache
     return hash_attributes(attributes.items())
 
 

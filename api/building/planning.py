@@ -98,6 +98,7 @@ class Planner:
         )
         is_private = await self._ingredients.are_private(draft)
         repository = self._repository(request, wanted.identity, is_private=is_private)
+        cache = self._cache_repository(request, is_private=is_private)
         # In a thread: layers that the request itself carries are megabytes to hash.
         name = await asyncio.to_thread(
             container_id,
@@ -108,6 +109,7 @@ class Planner:
             context=context,
             config=request.container_config if baked else None,
             included=wanted.config.layers[len(request.config.layers) :] if baked else (),
+            cache="" if cache == self._defaults.cache_repository else cache,
         )
         if is_private:
             name = hidden_id(name, self._secret)
@@ -117,7 +119,7 @@ class Planner:
             container_id=name,
             target_image=str(parse_reference(target)),
             build_repository=repository,
-            cache_repository=self._cache_repository(request, is_private=is_private),
+            cache_repository=cache,
             private=is_private,
         )
 

@@ -71,7 +71,7 @@ class JobLogs:
             return Response(status_code=404)
         pieces = self._store.read_pieces(record.build_id, offset)
         if not as_events:
-            return _Stream(pieces, sent, TEXT)
+            return await sent_in_pieces(pieces, sent, TEXT)
         return _Stream(self._events(record.build_id, pieces, offset), sent, _EVENTS)
 
     async def _events(self, build_id: str, pieces: AsyncGenerator[bytes], offset: int) -> AsyncGenerator[bytes]:
@@ -93,6 +93,22 @@ class _Stream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         async with aclosing(self._pieces):
             await super().stream_response(send)
+
+
+async def sent_in_pieces(pieces: AsyncGenerator[bytes], headers: Mapping[str, str], media_type: str) -> Response:
+    """An answer with its length where all of it is one piece, as it mostly is."""
+    first, second = await anext(pieces, b""), await anext(pieces, b"")
+    if not second:
+        return Response(first, headers=headers, media_type=media_type)
+
+    async def joined() -> AsyncGenerator[bytes]:
+        async with aclosing(pieces):
+            yield first
+            yield second
+            async for piece in pieces:
+                yield piece
+
+    return _Stream(joined(), headers, media_type)
 
 
 async def _without_beats(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

@@ -1,5 +1,6 @@
 """Scans over the wire: how they stand and what they have found, their logs, and the packages of the image as SPDX."""
 
+from itertools import chain
 from re import compile as compile_pattern
 from typing import Any
 
@@ -8,6 +9,7 @@ from starlette.responses import Response, StreamingResponse
 
 from api.answers import filled, format_instant, format_seconds
 from api.endpoints import NOT_HERE, TEXT, UNKNOWN, Answer, endpoint, routes_of
+from api.jobs.job_logs import sent_in_pieces
 from api.replies import json_reply
 from api.rules import not_enabled
 from api.shapes import ScanShape
@@ -59,7 +61,7 @@ class Scans:
         if record is None or not await self._builds.has_log(record.build_id):
             return Response(status_code=404)
         headers = {"Content-Disposition": f"attachment; filename={record.build_id}.log"}
-        return StreamingResponse(self._builds.read_pieces(record.build_id), headers=headers, media_type=_OCTETS)
+        return await sent_in_pieces(self._builds.read_pieces(record.build_id), headers, _OCTETS)
 
     @endpoint(
         "GET",
@@ -74,7 +76,10 @@ class Scans:
         if record is None or document is None:
             return Response(status_code=404)
         headers = {"Content-Disposition": f'attachment; filename="spdx-{record.build_id}.json"'}
-        return StreamingResponse(document, headers=headers, media_type=TEXT)
+        first, second = next(document, b""), next(document, b"")
+        if not second:
+            return Response(first, headers=headers, media_type=TEXT)
+        return StreamingResponse(chain((first, second), document), headers=headers, media_type=TEXT)
 
     async def _find(self, request: Request) -> BuildRecord | None:
         """Raises NotImplementedHere where nothing is scanned."""
