@@ -75,13 +75,16 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
     has_own_name = not (told.get("freeze") or told["mirror"])
     job_id: str = told.get("buildId", "")
     kind: Kind = "mirror" if told["mirror"] else "build"
+    source = told["sourceImage"] if has_own_name else _source_of(told)
     expires = datetime.fromisoformat(told["expiration"])
     return [
         fact("Image to pull", told["waveImage"]),
         *given(fact("Digest as pulled", told.get("waveDigest") if has_own_name else None)),
         *(_lifetime(record, expires) if has_own_name else ()),
-        fact("Made from", told["sourceImage"], inspect_path(told["sourceImage"])),
-        *given(fact("Digest there", told.get("sourceDigest"))),
+        *given(
+            fact("Made from", source, inspect_path(source)),
+            fact("Digest there", told.get("sourceDigest")),
+        ),
         fact("Asked for at", _in_zone(told["timestamp"], told["zoneId"])),
         *given(
             fact("Platform", told.get("platform")),
@@ -101,6 +104,12 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
             fact("Seqera Platform", told.get("towerEndpoint") if record.request.identity.is_platform else None),
         ),
     ]
+
+
+def _source_of(told: dict[str, Any]) -> str:
+    """Of an image that is pulled by its own name: what a mirror is a copy of, and nothing of a frozen one."""
+    source: str = told["containerImage"]
+    return source if source != told["waveImage"] else ""
 
 
 def _can_be_pulled(record: TokenRecord, build: BuildRecord | None) -> bool:

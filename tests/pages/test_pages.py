@@ -308,6 +308,7 @@ async def test_what_can_be_pulled_of_a_request(scene: Scene, builder: Builder) -
     for answer, exit_status in ((by_token, 1), (durable, 0)):
         claim = await builder.claim(answer["buildId"])
         await builder.store.finish(claim, exit_status=exit_status, reason="broken" if exit_status else "")
+    assert durable["targetImage"] not in scene.view(paths[1]).links  # it is made from no other image
     ended = [commands(scene.view(path))[:1] for path in paths]
     assert waiting == [[f"docker pull {by_token['targetImage']}"], []]
     assert ended == [[], [f"docker pull {durable['targetImage']}"]]

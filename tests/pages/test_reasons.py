@@ -19,6 +19,12 @@ ERROR = "Error: reading manifest 1.0 in docker.io/a/b"
         ("a: b c; d", "x \x1b[31mb\t  c\x1b[0m", Reason("a", "b c", "d")),
         ("a: b; c; d", "b; c\n", Reason("a", "b; c", "d")),
         ("timed out: it took long; do less", "STEP 1\n>> failed: timed out: it took long; do less\n", None),
+        (
+            "RUN a b… ended with exit status 3: see it",
+            "STEP 2: RUN  a b c\n",
+            Reason("a step ended with exit status 3", "RUN a b…", "see it"),
+        ),
+        ("x: y; z (exit status 7)", "error: x: y; z\n", Reason("exit status 7", "x: y; z")),
         ("RUN x ended with exit status 3: see the log", "x\n", None),
         ("cancelled", "cancelled\n", None),
         (": ; ", "a\n", None),
