@@ -10,6 +10,7 @@ NOT_BUILT = 255  # it never came to run anything
 CANCELLED = 130
 
 _MAX_QUOTE = 200
+_MAX_CAUSE = 600  # of what a registry says, which comes with what to do
 _TAIL_CHARS = 16 << 10
 _TAIL_LINES = 60
 _MAX_LINE = 1000
@@ -37,8 +38,8 @@ def timed_out(timeout_s: float, kind: str = "build") -> BuildFailed:
 Say = Callable[[Match[str]], str]
 
 
-def _rule(pattern: str, say: str) -> tuple[Callable[[str], Match[str] | None], Say]:
-    """In ``say``, ``{0}`` is the first group that matched."""
+def _rule(pattern: str, say: str, most: int = _MAX_QUOTE) -> tuple[Callable[[str], Match[str] | None], Say]:
+    """In ``say``, ``{0}`` is the first group that matched, up to ``most`` characters of it."""
     found = compile_pattern(pattern, IGNORECASE | MULTILINE)
 
     def last(text: str) -> Match[str] | None:
@@ -49,16 +50,18 @@ def _rule(pattern: str, say: str) -> tuple[Callable[[str], Match[str] | None], S
 
     def worded(match: Match[str]) -> str:
         quote = next((group for group in match.groups() if group), match[0])
-        return say.format(_quoted(quote))
+        return say.format(_quoted(quote, most))
 
     return last, worded
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str, most: int = _MAX_QUOTE) -> str:
     """One line without what would break a log or an answer, and not too long."""
     line = " ".join(text.split())
-    return line if len(line) <= _MAX_QUOTE else line[: _MAX_QUOTE - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
+
+_BEFORE_IMAGE = r"(?:.*initializing source docker://)?"  # what buildah says first
 
 # The first that matches names the failure: what a machine ran out of comes before what failed because of that.
 _RULES = (
@@ -102,10 +105,24 @@ _RULES = (
         r"|no match for argument).*)$",
         "unsatisfiable packages: {0}; check the packages' names, versions and channels",
     ),
+    # What wave-proxy says of its own accord has the remedy in it: a name that is not resolved needs no other login.
     _rule(
-        r"^(.*(?:manifest[ _]unknown|name[ _]unknown|name unknown to registry|denies access|access to the resource is "
-        r"denied|unauthorized: authentication required|unable to copy from source docker://).*)$",
+        rf"^{_BEFORE_IMAGE}(.*(?:this machine can't resolve|no answer from|no connection to|did not answer within"
+        r"|has failed and is left alone|unexpected HTTP status: 5\d\d).*)$",
+        "base image can't be read: {0}",
+        _MAX_CAUSE,
+    ),
+    _rule(
+        rf"^{_BEFORE_IMAGE}(.*(?:denies access to repository|\bdenied: ).*)$",
+        "base image not found or not readable: {0}",
+        _MAX_CAUSE,
+    ),
+    _rule(
+        rf"^{_BEFORE_IMAGE}(.*(?:manifest[ _]unknown|name[ _]unknown|name unknown to registry|denies access"
+        r"|access to the resource is denied|unauthorized: authentication required"
+        r"|unable to copy from source docker://).*)$",
         "base image not found or not readable: {0}; check its name, and the login of its registry",
+        _MAX_CAUSE,
     ),
     _rule(
         r"^(.*(?:checking on sources|failed to (?:calculate|compute) (?:checksum|cache key)|copier: stat).*"

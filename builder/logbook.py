@@ -38,6 +38,12 @@ class LogBook:
         """Show ``text`` as ``shown`` from now on."""
         self._names.append((text, shown))
 
+    def shown(self, text: str) -> str:
+        """The text with what is hidden replaced."""
+        for hidden, shown in self._names:
+            text = text.replace(hidden, shown)
+        return text
+
     def write(self, text: bytes) -> None:
         """Take the next bytes, which need not be whole lines."""
         *lines, self._rest = (self._rest + text).split(b"\n")
@@ -91,9 +97,7 @@ class LogBook:
             self._inside.append(_STEP_PREFIX.sub("", line, count=1))
         else:
             self.echoed_lock = self.echoed_lock or LOCK_START in line
-            for text, shown in self._names:
-                line = line.replace(text, shown)
-            self._ready.append(f"{line}\n".encode())
+            self._ready.append(f"{self.shown(line)}\n".encode())
             self._changed.set()
 
 

@@ -101,6 +101,7 @@ class _Attempt:
         leasing = asyncio.create_task(self._hold())
         try:
             exit_status, digest, reason = await self._outcome({sending, leasing})
+            reason = self._book.shown(reason)
             if reason:
                 self._book.say(f"failed: {reason}")
             self._book.close()

@@ -72,6 +72,37 @@ def test_reason(log: str, status: int, reason: str) -> None:
     assert "\n" not in found
 
 
+IMAGE = "quay.io/nosuch/img"
+READING = f"{IMAGE}:1: reading manifest 1 in {IMAGE}: "
+UNRESOLVED = (
+    "this machine can't resolve quay.io: Name or service not known; check the name, or this machine's DNS and network"
+)
+DENIED = (
+    "registry 'quay.io' denies access to repository 'nosuch/img' (HTTP 401, 'access to the requested resource is not "
+    'authorized\'); if it exists and is private, set username and password in [registries."quay.io"]'
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (f"name unknown: {UNRESOLVED}", f"base image can't be read: {READING}name unknown: {UNRESOLVED}"),
+        (
+            "received unexpected HTTP status: 503 Service Unavailable",
+            f"base image can't be read: {READING}received unexpected HTTP status: 503 Service Unavailable",
+        ),
+        (f"denied: {DENIED}", f"base image not found or not readable: {READING}denied: {DENIED}"),
+        (
+            f"manifest unknown: image '{IMAGE}:1' not found",
+            f"base image not found or not readable: {READING}manifest unknown: image '{IMAGE}:1' not found; check its "
+            "name, and the login of its registry",
+        ),
+    ],
+)
+def test_what_is_said_of_a_base_image_is_kept_whole(said: str, reason: str) -> None:
+    assert classify(f"Error: creating build container: initializing source docker://{READING}{said}\n", 125) == reason
+
+
 def test_what_ran_out_comes_before_what_failed_because_of_it() -> None:
     log = "write: No space left on device\nerror libmamba Could not solve for environment specs\n"
     assert classify(log, 1).startswith("no space")

@@ -15,7 +15,7 @@ from bench.images import Image, busybox_image, has_busybox, image, index, layer
 from builder.engines import Engine, Job
 from builder.engines.buildah import Buildah
 from builder.engines.missing import MissingEngine
-from builder.failures import BuildFailed
+from builder.failures import BuildFailed, classify
 from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
@@ -230,6 +230,23 @@ async def test_base_images_get_a_token_that_ends_with_the_build(scene: Scene) ->
     assert token not in log
     assert "Trying to pull quay.io/x/y:1\n" in log
     assert [key async for key in scene.redis.scan_iter("wave:token:*")] == []
+
+
+async def test_the_reason_names_base_images_as_the_log_does(scene: Scene) -> None:
+    lent: list[str] = []
+
+    async def fail(job: Job) -> None:
+        lent.extend(job.base_images.values())
+        said = f"initializing source docker://quay.io/x/y:1: reading manifest 1 in {lent[-1]}: manifest unknown: no"
+        job.log(f"{said}\n".encode())
+        raise BuildFailed(classify(job.named(said), 125) if job.spec.container_id[-1] == "1" else said, 125)
+
+    async with scene.builder(Script(fail)):
+        for number in range(2):
+            record, log = await scene.done(await scene.submit(number, container_file="FROM quay.io/x/y:1\n"))
+            assert lent[-1].partition("/")[2].startswith("wt/")
+            assert "wt/" not in record.reason + log
+            assert "quay.io/x/y: manifest unknown: no" in record.reason
 
 
 async def test_failures_are_named(scene: Scene) -> None:
