@@ -343,6 +343,17 @@ async def test_a_mirror_is_pulled_by_its_own_name(scene: Scene, builder: Builder
     assert commands(page) == ["docker pull registry.test/done:1.0", "docker run --rm registry.test/done:1.0"]
 
 
+async def test_the_container_of_a_mirror_is_made_from_its_source(scene: Scene, builder: Builder) -> None:
+    target = "registry.test/copied:1.0"
+    claim = await builder.start(kind="mirror", source_image=scene.base, target_image=target)
+    await builder.store.finish(claim, exit_status=0, digest=DIGEST)
+    now = time()
+    request = ContainerRequest(target, build_id=claim.record.build_id, mirror=True, created=now, expires=now + 60)
+    async with connect(scene.redis) as redis:
+        facts = scene.view(f"containers/{await TokenStore(redis).put(request)}").facts()
+    assert (facts["Image to pull"], facts["Made from"]) == (target, scene.base)
+
+
 @pytest.mark.parametrize("asked", ["mr-0123456789abcdef_1", "mr-0123456789abcdef", "x"])
 def test_what_is_no_mirror(scene: Scene, asked: str) -> None:
     page = scene.view(f"mirrors/{asked}")
