@@ -57,7 +57,7 @@ def failed(scene: Scene, answer: dict[str, Any]) -> str:
 def test_a_source_that_is_not_whole(scene: Scene) -> None:
     scene.source.faults.status = {"/manifests/sha256:": 404}
     reason = failed(scene, scene.submit("lib/tool:1"))
-    assert reason.startswith(f"source not found: repository '{scene.source.address}/lib/tool")
+    assert reason.startswith(f"source not found: image '{scene.source.address}/lib/tool@sha256:")
 
 
 def test_a_source_that_refuses(scene: Scene) -> None:
