@@ -1,10 +1,11 @@
 """One build from its record to the pushed image."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
+from builder.bases import Base, Bases
 from builder.engines import Engine, Job
 from builder.failures import NOT_BUILT, BuildFailed, timed_out
 from builder.lending import Lending
@@ -13,15 +14,13 @@ from builder.work import Confirm, until_answered
 from builder.workspace import Workspace, Workspaces
 from wave_proxy.errors import RequestInvalid, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
-from wave_proxy.image.containerfile import base_images
+from wave_proxy.image.containerfile import base_images, final_base
 from wave_proxy.image.oci import parse_platforms
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.layout import Content, platform_of, read_layout
 from wave_proxy.upstream.publish import publish
 from wave_proxy.upstream.registry import Registry
-
-_DIGEST_S = 10.0
 
 
 class Pipeline:
@@ -39,6 +38,7 @@ class Pipeline:
         self._workspaces = workspaces
         self._registry = registry
         self._lending = lending
+        self._bases = Bases(registry, lending.authority)
         self._credentials = credentials
 
     async def run(self, record: BuildRecord, book: LogBook, confirm: Confirm) -> str:
@@ -62,9 +62,12 @@ class Pipeline:
         _say_what(record, book)
         images = _read_bases(spec)
         await until_answered(lambda: self._workspaces.fill(workspace, record))
-        async with self._locations(spec, images, book) as locations:
+        async with self._bases_of(spec, images, book) as bases:
+            locations = {_name(base.image): f"{self._engine.registry}/{base.path}" for base in bases}
+            await self._check_bases(spec, bases)
             job = Job(spec, workspace.folder, locations, self._write_logins(spec, workspace), book.write)
-            layout = await self._engine.build(job)
+            with _explained(bases):
+                layout = await self._engine.build(job)
         await asyncio.to_thread(check_platforms, layout, spec.platform)
         await confirm()
         return await self._push(layout, spec, book)
@@ -93,31 +96,43 @@ class Pipeline:
     # --- base images ---------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _locations(
-        self, spec: BuildSpec, images: Iterable[Reference], book: LogBook
-    ) -> AsyncIterator[dict[str, str]]:
-        """Where a build pulls each repository from: wave-proxy, with a token that ends with the block."""
-        locations: dict[str, str] = {}
+    async def _bases_of(self, spec: BuildSpec, images: Iterable[Reference], book: LogBook) -> AsyncIterator[list[Base]]:
+        """The base images, each in a repository at wave-proxy, by a token that ends with the block."""
+        paths: dict[str, str] = {}
+        bases: list[Base] = []
         async with AsyncExitStack() as lent:
             for image in images:
-                name = f"{image.registry}/{image.repository}"
-                if name not in locations:
-                    path = await lent.enter_async_context(self._lending.lend(spec, image))
-                    locations[name] = f"{self._engine.registry}/{path}"
-                    book.hide(locations[name], name)
-                path = locations[name].partition("/")[2]
-                book.say(f"base image {image}{await self._digest_of(path, image)}")
-            yield locations
+                name = _name(image)
+                if name not in paths:
+                    paths[name] = await lent.enter_async_context(self._lending.lend(spec, image))
+                    book.hide(f"{self._engine.registry}/{paths[name]}", name)
+                bases.append(await self._bases.look(paths[name], image))
+                book.say(f"base image {image}{bases[-1].digest}")
+            yield bases
 
-    async def _digest_of(self, path: str, image: Reference) -> str:
-        """``@digest`` as it is now, empty when that is not known: then the engine will say what is wrong."""
-        if image.is_digest:
-            return ""
-        try:
-            async with asyncio.timeout(_DIGEST_S):
-                return f"@{(await self._registry.head_manifest(self._lending.authority, path, image.reference)).digest}"
-        except (WaveError, TimeoutError):
-            return ""
+    async def _check_bases(self, spec: BuildSpec, bases: Iterable[Base]) -> None:
+        """Check that the image which becomes the built one is for its platforms. Raises BuildFailed."""
+        known = {base.image: base for base in bases}
+        for platform in spec.platforms:
+            final = final_base(spec.container_file, platform)
+            if final is not None and final[0] in known:
+                await self._bases.check(known[final[0]], final[1])
+
+
+def _name(image: Reference) -> str:
+    return f"{image.registry}/{image.repository}"
+
+
+@contextmanager
+def _explained(bases: Iterable[Base]) -> Iterator[None]:
+    """Say why wave-proxy could not give a base image, where the tools only tell its status."""
+    try:
+        yield
+    except BuildFailed as err:
+        for base in bases:
+            if base.problem and "unexpected HTTP status" in err.reason and _name(base.image) in err.reason:
+                raise BuildFailed(f"base image can't be read: {base.problem}", err.exit_status) from None
+        raise
 
 
 def _say_what(record: BuildRecord, book: LogBook) -> None:

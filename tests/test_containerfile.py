@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wave_proxy.errors import RequestInvalid
-from wave_proxy.image.containerfile import Instruction, base_images, instructions, substitute
+from wave_proxy.image.containerfile import Instruction, base_images, final_base, instructions, substitute
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,30 @@ from wave_proxy.image.containerfile import Instruction, base_images, instruction
 )
 def test_images_are_found(text: str, expected: list[str]) -> None:
     assert [str(image) for image in base_images(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("FROM a:1", "docker.io/library/a:1 for linux/arm64"),
+        ("FROM scratch", ""),
+        ("FROM a:1 AS x\nFROM b:2", "docker.io/library/b:2 for linux/arm64"),
+        ("FROM a:1 AS x\nFROM b:2\nFROM X AS y\nFROM y", "docker.io/library/a:1 for linux/arm64"),
+        ("FROM scratch AS x\nFROM x", ""),
+        ("FROM --platform=linux/amd64 a:1", "docker.io/library/a:1 for linux/amd64"),
+        ("FROM --platform=$TARGETPLATFORM a:1", "docker.io/library/a:1 for linux/arm64"),
+        ("ARG P=linux/arm/v7\nFROM --platform=${P} a:1", "docker.io/library/a:1 for linux/arm/v7"),
+        (
+            "FROM --platform=$BUILDPLATFORM a:1 AS x\nFROM b:2\nCOPY --from=x /a /b",
+            "docker.io/library/b:2 for linux/arm64",
+        ),
+        ("FROM --platform=$BUILDPLATFORM a:1 AS x\nFROM x", ""),
+        ("FROM --platform=$NOSUCH a:1", ""),
+    ],
+)
+def test_what_the_last_stage_comes_from(text: str, expected: str) -> None:
+    found = final_base(text, "linux/arm64")
+    assert (f"{found[0]} for {found[1]}" if found else "") == expected
 
 
 def test_platform_decides_what_target_arguments_are() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from wave_proxy.errors import RequestInvalid, clip
-from wave_proxy.image.oci import parse_platform
+from wave_proxy.image.oci import Platform, parse_platform
 from wave_proxy.image.reference import Reference, parse_reference
 
 _DIRECTIVE = re.compile(r"#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*")
@@ -33,6 +33,8 @@ class _Stages:
     """What the file has said so far."""
 
     arguments: dict[str, str]
+    platform: Platform
+    bases: dict[str, tuple[Reference, Platform] | None] = field(default_factory=dict)  # by names and numbers of stages
     names: set[str] = field(default_factory=set)
     count: int = 0
     images: dict[Reference, None] = field(default_factory=dict)
@@ -48,7 +50,21 @@ def base_images(text: str, platform: str = "linux/amd64") -> tuple[Reference, ..
     Stages of the file itself and ``scratch`` are left out. Variables have the defaults of their ARG. Raises
     RequestInvalid for a FROM without an image, and for a name that is none.
     """
-    stages = _Stages(_platform_arguments(platform))
+    return tuple(_read(text, platform).images)
+
+
+def final_base(text: str, platform: str) -> tuple[Reference, Platform] | None:
+    """The image that the last stage comes from, be it through other stages, and the platform that it has to be for.
+
+    That is ``platform``, or what FROM says. None for ``scratch``, and where the builder's own platform is meant.
+    Raises as ``base_images``.
+    """
+    stages = _read(text, platform)
+    return stages.bases[str(stages.count - 1)]
+
+
+def _read(text: str, platform: str) -> _Stages:
+    stages = _Stages(_platform_arguments(platform), parse_platform(platform))
     for instruction in instructions(text):
         match instruction.word:
             case "ARG":
@@ -65,7 +81,7 @@ def base_images(text: str, platform: str = "linux/amd64") -> tuple[Reference, ..
                         _read_mount(value, stages)
     if not stages.count:
         raise RequestInvalid("the container file has no FROM instruction")
-    return tuple(stages.images)
+    return stages
 
 
 def _read_from(instruction: Instruction, stages: _Stages) -> None:
@@ -74,10 +90,25 @@ def _read_from(instruction: Instruction, stages: _Stages) -> None:
     if not image:
         raise RequestInvalid(f"FROM {clip(instruction.rest)} names no image: give its ARG a default")
     stages.need(image)
-    stages.names.add(str(stages.count))
-    stages.count += 1
+    names = [str(stages.count)]
     if len(words) == 3 and words[1].upper() == "AS":
-        stages.names.add(words[2].lower())
+        names.append(words[2].lower())
+    stages.bases |= dict.fromkeys(names, _base_of(image, dict(instruction.flags).get("platform", ""), stages))
+    stages.names.update(names)
+    stages.count += 1
+
+
+def _base_of(image: str, platform: str, stages: _Stages) -> tuple[Reference, Platform] | None:
+    """What ``final_base`` says of a stage; ``platform`` is the flag's value as it is written."""
+    if image.lower() in stages.names:
+        return stages.bases[image.lower()]
+    if image.lower() == "scratch" or "BUILD" in platform:
+        return None
+    try:
+        wanted = parse_platform(substitute(platform.strip("\"'"), stages.arguments)) if platform else stages.platform
+    except RequestInvalid:
+        return None  # it is the engine's to say so
+    return parse_reference(image), wanted
 
 
 def _read_source(value: str, stages: _Stages) -> None:
