@@ -279,6 +279,13 @@ def answers(address: str, path: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("config", ["", 'server_url = "http://wave.cluster:9090"'], ids=["unset", "set"])
+def test_a_server_for_all_that_does_not_know_its_name_says_so(wave: Wave, config: str) -> None:
+    proxy = wave(args=["--host", "0.0.0.0"], config=config)
+    assert proxy.stop() == 0
+    assert ("server_url is not set: image names begin with localhost" in proxy.stderr) == (not config)
+
+
 @pytest.mark.parametrize(
     ("toml", "expected"),
     [

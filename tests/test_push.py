@@ -523,6 +523,7 @@ def test_skopeo_pushes_copies_lists_and_deletes(guarded: WaveProxy, layout: Path
     refused = skopeo.attempt(*copy, f"oci:{layout}:v1", f"{place}/sk/one:v3")
     assert refused.returncode != 0
     assert "takes a login" in refused.stderr
+    assert "[local] anonymous_push" in refused.stderr
     assert json.loads(skopeo("list-tags", "--tls-verify=false", f"{place}/sk/one"))["Tags"] == ["v1"]
     skopeo("delete", "--tls-verify=false", "--creds", f"bob:{PASSWORD}", f"{place}/sk/one:v1")
     assert json.loads(skopeo("list-tags", "--tls-verify=false", f"{place}/sk/one"))["Tags"] == []

@@ -276,14 +276,12 @@ def _load(config: Path | None, overrides: dict[str, Any]) -> Settings:
 
 
 def _warn(settings: Settings, part: str) -> None:
-    """Begin the log, with what is probably a mistake and could be meant."""
+    """Begin the log, with what is probably a mistake."""
     from wave_proxy.config.mistakes import unknown_variables
 
     logs.configure(settings.log.format, settings.log.level, part)
     for what in unknown_variables(os.environ):
         _log.warning(f"environment: {what}")
-    if part == "supervisor" and not settings.server_url and settings.host in ("", "0.0.0.0", "::"):
-        _log.warning("server_url is not set: image names begin with localhost, and only this machine can pull them")
 
 
 def _environment(config: Path | None, overrides: dict[str, Any]) -> dict[str, str]:
@@ -377,6 +375,8 @@ async def _check_redis(url: str) -> None:
 
 def _announce(settings: Settings) -> None:
     print(f"ready {settings.public_url}", file=sys.stderr, flush=True)
+    if not settings.server_url and settings.host in ("", "0.0.0.0", "::"):
+        _log.warning("server_url is not set: image names begin with localhost, and only this machine can pull them")
     if settings.metrics_port is not None:
         host = settings.metrics_host or settings.host or "localhost"
         shown = f"[{host}]" if ":" in host else host

@@ -31,7 +31,9 @@ class Logins:
         authorization = request.header(b"authorization") or ""
         if not parse_basic(authorization)[0]:
             raise Unauthorized(
-                "to push to a local repository, to delete from it, or to read a private one takes a login of [accounts]"
+                "to push to a local repository, to delete from it, or to read a private one takes a login of "
+                "[accounts]; Docker sends none here, not even after `docker login`: it takes "
+                "[local] anonymous_push = true to push with it"
             )
         return await self._accounts.check(authorization, request.client)
 
