@@ -25,11 +25,12 @@ from builder.mirror import Mirrors
 from builder.pipeline import Pipeline
 from builder.scanner import Scanner
 from builder.trivy import ScannerMissing, Trivy
-from builder.work import Works
+from builder.work import Work, Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
 from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
 from wave_proxy.errors import StateUnavailable
+from wave_proxy.image.build import Kind
 from wave_proxy.logs import configure
 from wave_proxy.state.blob_places import BlobPlaces
 from wave_proxy.state.builds import BuildLimits, BuildStore
@@ -81,14 +82,17 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
     store = _store(settings.build, redis)
     for build_id, attempt in await workspaces.remove_leftovers():
         await store.abandon(build_id, attempt)
-    engine = await _engine(settings, egress, credentials.find(settings.authority))
     lending = Lending(tokens, settings.authority)
-    builds = Pipeline(engine, workspaces, registry, lending, credentials)
-    mirrors = Mirrors(workspaces, registry, lending, BlobPlaces(redis), partial(Registry, egress, Credentials({})))
-    scanner = await _scanner(settings, registry, workspaces, lending, redis)
-    works = Works({"build": builds, "mirror": mirrors, "scan": scanner})
+    works: dict[Kind, Work] = {}
+    if settings.build.engine != "none":
+        engine = await _engine(settings, egress, credentials.find(settings.authority))
+        works["build"] = Pipeline(engine, workspaces, registry, lending, credentials)
+    works["mirror"] = Mirrors(
+        workspaces, registry, lending, BlobPlaces(redis), partial(Registry, egress, Credentials({}))
+    )
+    works["scan"] = await _scanner(settings, registry, workspaces, lending, redis)
     name = f"{socket.gethostname()}-{os.getpid()}-{token_hex(4)}"
-    return Worker(store, works, name, slots=settings.build.slots or settings.build.max_running)
+    return Worker(store, Works(works), name, slots=settings.build.slots or settings.build.max_running)
 
 
 async def _scanner(
@@ -136,8 +140,6 @@ async def _engine(settings: Settings, egress: Egress, own: Login | None) -> Engi
             engine = Buildah(limits, gate, settings.own_url, settings.authority)
         case "buildkit":
             engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
-        case "none":
-            return MissingEngine('[build] engine = "none"')
         case other:
             engine = MissingEngine(f'[build] engine = "{other}" is not supported by this version yet')
     try:

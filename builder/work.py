@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
 
-from builder.failures import NOT_BUILT, BuildFailed
 from builder.logbook import LogBook
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.build import BuildRecord, Kind
@@ -29,17 +28,18 @@ class Work(Protocol):
 
 
 class Works:
-    """All kinds of jobs, each done by its own."""
+    """The kinds of jobs that this builder does, each done by its own."""
 
     def __init__(self, kinds: Mapping[Kind, Work]) -> None:
         self._kinds = dict(kinds)
 
+    def does(self, kind: str) -> bool:
+        """Whether jobs of that kind are for this builder: others give them back, for one that does them."""
+        return kind in self._kinds
+
     async def run(self, record: BuildRecord, book: LogBook, confirm: Confirm) -> str:
-        """As Work has it."""
-        work = self._kinds.get(record.spec.kind)
-        if work is None:
-            raise BuildFailed(f"this builder does not know jobs of the kind {record.spec.kind}", NOT_BUILT)
-        return await work.run(record, book, confirm)
+        """As Work has it, for the kinds that this builder does."""
+        return await self._kinds[record.spec.kind].run(record, book, confirm)
 
 
 async def until_answered(operation: Callable[[], Awaitable[T]]) -> T:

@@ -8,7 +8,7 @@ import structlog
 
 from builder.failures import CANCELLED, NOT_BUILT, BuildFailed
 from builder.logbook import LogBook
-from builder.work import Work, until_answered
+from builder.work import Work, Works, until_answered
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.build import split_build_id
 from wave_proxy.state.builds import BuildCancelled, BuildStore, Claim, LeaseLost
@@ -27,7 +27,7 @@ class Worker:
     ``name`` tells it from the other builders. Leases are renewed every ``lease_s`` / 3, as the store has them.
     """
 
-    def __init__(self, store: BuildStore, works: Work, name: str, *, slots: int, lease_s: float = 15.0) -> None:
+    def __init__(self, store: BuildStore, works: Works, name: str, *, slots: int, lease_s: float = 15.0) -> None:
         self._store = store
         self._works = works
         self._name = name
@@ -57,14 +57,13 @@ class Worker:
             claim = await self._store.claim(self._name, _BLOCK_S)
         except StateUnavailable as err:
             log.warning("no word of builds", error=str(err))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_PAUSE_S):
-                    await stop.wait()
+            await _pause(stop)
             return None
-        if claim is not None and stop.is_set():
-            await self._give_back(claim)
-            return None
-        return claim
+        if claim is None or (self._works.does(claim.record.spec.kind) and not stop.is_set()):
+            return claim
+        await self._give_back(claim)
+        await _pause(stop)  # another builder claims it meanwhile
+        return None
 
     async def _work(self, claim: Claim) -> None:
         """One build to its end, whatever that is. A cancellation gives it back."""
@@ -170,6 +169,12 @@ class _Attempt:
             if record is not None and record.succeeded:
                 return await self._store.read_lock(record.build_id)
         return None
+
+
+async def _pause(stop: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PAUSE_S):
+            await stop.wait()
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

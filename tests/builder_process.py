@@ -16,6 +16,7 @@ from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
 from builder.pipeline import Pipeline
+from builder.work import Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
 from wave_proxy.state.builds import BuildLimits, BuildStore
@@ -37,7 +38,7 @@ async def run(told: dict[str, Any]) -> None:
         engine = Buildah(limits, Gate(egress, told["proxy"]), told["proxy"], "wave.test")
         pipeline = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
         builds = BuildStore(redis, BuildLimits(4), lease_s=told["lease_s"])
-        worker = Worker(builds, pipeline, f"builder-{os.getpid()}", slots=4, lease_s=told["lease_s"])
+        worker = Worker(builds, Works({"build": pipeline}), f"builder-{os.getpid()}", slots=4, lease_s=told["lease_s"])
         await worker.run(asyncio.Event(), 0)
 
 

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import pytest
-
-from builder.failures import NOT_BUILT, BuildFailed
 from builder.logbook import LogBook
 from builder.work import Confirm, Works
 from wave_proxy.image.build import BuildRecord, BuildSpec, Kind
@@ -43,7 +40,6 @@ async def test_each_kind_has_its_own() -> None:
     assert (builds.done, scans.done) == (["build-1"], ["scan-1"])
 
 
-async def test_a_kind_that_the_builder_does_not_know_fails_with_that_reason() -> None:
-    with pytest.raises(BuildFailed, match="does not know jobs of the kind mirror") as caught:
-        await Works({}).run(record("mirror"), LogBook(nothing), ours)
-    assert caught.value.exit_status == NOT_BUILT
+def test_a_builder_may_do_some_kinds_only() -> None:
+    works = Works({"mirror": Noted("sha256:m")})
+    assert [works.does(kind) for kind in ("build", "mirror", "scan", "later")] == [False, True, False, False]

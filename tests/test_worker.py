@@ -20,12 +20,13 @@ from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
 from builder.pipeline import Pipeline
+from builder.work import Work, Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
 from tests.pushing import Target, target, write_layout
 from tests.redis_faults import durable_redis
 from tests.servers import WaveProxy, distribution, has_distribution, push
-from wave_proxy.image.build import LOCK_END, LOCK_START, BuildRecord, BuildSpec
+from wave_proxy.image.build import LOCK_END, LOCK_START, BuildRecord, BuildSpec, Kind
 from wave_proxy.image.request import ContainerRequest, Layer
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import Redis, connect
@@ -114,14 +115,16 @@ class Scene:
             await self.redis.xclaim(STREAM, "builders", consumer, 0, [entry], idle=60_000, justid=True)
 
     @asynccontextmanager
-    async def builder(self, engine: Engine, name: str = "one", slots: int = 4) -> AsyncIterator[asyncio.Event]:
-        """A builder that works until the end of the block, or until the event is set."""
+    async def builder(self, engine: Engine | None, name: str = "one", slots: int = 4) -> AsyncIterator[asyncio.Event]:
+        """A builder that works until the end of the block, or until the event is set; it builds if it has an engine."""
         stop = asyncio.Event()
         egress = Egress({self.to.address: endpoint_for(self.to.address, insecure=True, allow_private=True)})
         registry, tokens = Registry(egress, Credentials({})), TokenStore(self.redis)
         workspaces = Workspaces(self.data, registry, tokens, 1 << 30)
-        pipeline = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
-        worker = Worker(self.builds, pipeline, name, slots=slots, lease_s=LEASE_S)
+        works: dict[Kind, Work] = {}
+        if engine is not None:
+            works["build"] = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
+        worker = Worker(self.builds, Works(works), name, slots=slots, lease_s=LEASE_S)
         running = asyncio.create_task(worker.run(stop, 10))
         try:
             yield stop
@@ -312,6 +315,18 @@ async def test_no_more_at_a_time_than_there_are_slots(scene: Scene) -> None:
         ids = [await scene.submit(number) for number in range(6)]
         assert all([(await scene.done(build_id))[0].succeeded for build_id in ids])
     assert engine.most == 2
+
+
+async def test_a_builder_that_does_not_build_leaves_builds_to_others(scene: Scene) -> None:
+    async with scene.builder(None, "without an engine"):
+        build_id = await scene.submit()
+        async with asyncio.timeout(20):
+            while await scene.redis.hget(f"wave:{{builds}}:build:{build_id}", "claim") != b"released":
+                await asyncio.sleep(0.01)
+        async with scene.builder(Script(), "with one"):
+            record, log = await scene.done(build_id)
+    assert (record.succeeded, record.attempt) == (True, 1)
+    assert "died" not in log
 
 
 async def test_cancelled_build_ends(scene: Scene) -> None:
