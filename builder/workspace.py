@@ -309,8 +309,10 @@ async def remove(folder: Path) -> None:
     for command in commands:
         if not _is_there(folder):
             return
-        if shutil.which(command[0]):
-            process = await create_subprocess_exec(*command, str(folder), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
+        # Also where PATH leads to nothing but the program itself.
+        if program := shutil.which(command[0]) or shutil.which(command[0], path=os.defpath):
+            argv = [program, *command[1:], str(folder)]
+            process = await create_subprocess_exec(*argv, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
             _, said = await process.communicate()
     if _is_there(folder):
         log.error("a workspace can't be removed", folder=str(folder), said=said.decode(errors="replace")[-500:])

@@ -372,6 +372,14 @@ async def test_awkward_folder_is_removed(tmp_path: Path, awkward: Path) -> None:
     assert (tmp_path / "outside" / "kept").exists()
 
 
+async def test_folder_is_removed_where_path_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "left"
+    (folder / "deep").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    await remove(folder)
+    assert not folder.exists()
+
+
 async def test_leftovers_of_the_killed_are_removed_and_not_those_of_the_living(
     tmp_path: Path, redis: Redis, awkward: Path
 ) -> None:
