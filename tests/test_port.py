@@ -14,6 +14,7 @@ from bench.upstream import Upstream
 from tests.identified import issue
 from tests.servers import WaveProxy, http_request
 from wave_proxy.image.oci import digest_of
+from wave_proxy.serve.tls import TlsInvalid, server_context
 
 Wave = Callable[..., WaveProxy]
 Registry = Callable[..., Upstream]
@@ -30,6 +31,21 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
         capture_output=True,
     )
     return cert, key
+
+
+def test_what_is_no_certificate_or_not_its_key_is_named(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = certificate
+    other, text = tmp_path / "other.pem", tmp_path / "text"
+    subprocess.run(["openssl", "genrsa", "-out", other, "2048"], check=True, capture_output=True)
+    text.write_text("none")
+    for files, said in (
+        ((text, key), f"tls_cert {text} is no PEM certificate"),
+        ((cert, text), f"tls_key {text} is no PEM private key"),
+        ((cert, other), f"tls_key {other} is not the key of the first certificate in tls_cert {cert}"),
+    ):
+        with pytest.raises(TlsInvalid) as caught:
+            server_context(*files)
+        assert str(caught.value) == said
 
 
 def test_images_are_pulled_over_tls(

@@ -243,7 +243,7 @@ def revoke_token(
 
 @account.command("hash")
 def hash_account() -> None:
-    """Print a password's hash for [accounts]; the password is asked for, or read from a pipe."""
+    """Print a password's hash for [accounts]. The password is asked for, or read from a pipe."""
     if sys.stdin.isatty():
         password = str(typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
     else:
