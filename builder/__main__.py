@@ -57,6 +57,11 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(redis.aclose)
         await wait_until_up(redis)
         log.debug("builder is running", engine=settings.build.engine)
+        if not settings.build.secret.get_secret_value():
+            log.warning(
+                "[build] secret is empty: images can't be pushed to wave-proxy's local repositories; set it to the "
+                "same text for the proxy and for the builder"
+            )
         worker = await _compose(settings, redis, stack)
         await worker.run(stop, settings.shutdown_grace)
     log.info("builder stopped")

@@ -12,7 +12,7 @@ from builder.lending import Lending
 from builder.logbook import LogBook
 from builder.work import Confirm, until_answered
 from builder.workspace import Workspace, Workspaces
-from wave_proxy.errors import RequestInvalid, TooManyRequests, WaveError
+from wave_proxy.errors import Denied, RequestInvalid, TooManyRequests, WaveError
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.containerfile import base_images, final_base
 from wave_proxy.image.oci import parse_platforms
@@ -21,6 +21,11 @@ from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.layout import Content, platform_of, read_layout
 from wave_proxy.upstream.publish import publish
 from wave_proxy.upstream.registry import Registry
+
+_OWN_LOGIN = (
+    "wave-proxy does not take this builder's login for its local repositories; [build] secret must be set, to the same "
+    "text for the proxy and for the builder"
+)
 
 
 class Pipeline:
@@ -79,6 +84,9 @@ class Pipeline:
             digest = await publish(registry, layout, parse_reference(spec.target_image), on_progress=book.say)
         except TooManyRequests as err:
             raise BuildFailed(f"upstream limits requests (429): the image can't be pushed: {err}") from None
+        except Denied as err:
+            is_own = parse_reference(spec.target_image).registry == self._lending.authority
+            raise BuildFailed(f"the image can't be pushed: {_OWN_LOGIN if is_own else err}") from None
         except WaveError as err:
             raise BuildFailed(f"the image can't be pushed: {err}") from None
         book.say(f"pushed {spec.target_image}@{digest}")

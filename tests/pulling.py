@@ -16,6 +16,7 @@ from tests.servers import PulledImage, Response, http_request, pull
 from wave_proxy.cache.uploads import Uploads
 from wave_proxy.image.limit import Limit
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Layer
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.access import Access
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
@@ -120,7 +121,8 @@ async def port(
         pusher = Pusher(one.local, uploads, Logins(Accounts({}), anonymous=True))
         lifetimes = Lifetimes(tokens, lifetime_s)
         puller = Puller(resolver, one.repositories, augmenter, layers, tokens, quotas, usage, holds, pusher, lifetimes)
-        forwarder = Forwarder(unix_session(str(root / "no-api.sock")), Tunnels(str(root / "no-api.sock")))
+        path, absence = str(root / "no-api.sock"), Absence()
+        forwarder = Forwarder(unix_session(path), Tunnels(path, absence), absence)
         stack.push_async_callback(forwarder.close)
         background = [asyncio.create_task(work) for work in (quotas.run(), usage.run(), resolver.follow_deletions())]
         server = Server(App(puller, forwarder, stats, "none"), Limits(), ClientAddress(trusted), ready)

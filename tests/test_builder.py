@@ -25,6 +25,7 @@ def test_a_builder_runs_until_sigterm(redis_url: str) -> None:
         _, log = builder.communicate()
     assert builder.returncode == 0
     assert "builder stopped" in log
+    assert "[build] secret is empty: images can't be pushed to wave-proxy's local repositories" in log
 
 
 def test_a_builder_reads_the_configuration_file(redis_url: str, tmp_path: Path) -> None:

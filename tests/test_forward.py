@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from tests.test_http import Answer, Place, read_answer, serving
+from wave_proxy.errors import UpstreamUnavailable
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.forward import Forwarder
+from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.ready import ReadyReplies
 from wave_proxy.serve.stats import RequestStats
 from wave_proxy.serve.tunnel import Tunnels
@@ -55,7 +58,7 @@ async def forwarding(folder: Path) -> AsyncIterator[tuple[Place, Api]]:
         serving(lambda request: forwarder.answer(request), **limits) as place,
         await asyncio.start_unix_server(api.converse, path),
     ):
-        forwarder = Forwarder(unix_session(path), Tunnels(path))
+        forwarder = Forwarder(unix_session(path), Tunnels(path, Absence()), Absence())
         try:
             yield place, api
         finally:
@@ -179,7 +182,7 @@ async def repeating(folder: Path, redis_url: str, **changes: Any) -> AsyncIterat
             serving(lambda request: forwarder.answer(request), ready=ready) as place,
             await asyncio.start_unix_server(api.converse, path),
         ):
-            forwarder = Forwarder(unix_session(path), Tunnels(path))
+            forwarder = Forwarder(unix_session(path), Tunnels(path, Absence()), Absence())
             try:
                 yield Repeating(place, api, ready)
             finally:
@@ -291,3 +294,40 @@ async def until(holds: Any) -> None:
     async with asyncio.timeout(10):
         while not holds():
             await asyncio.sleep(0.005)
+
+
+async def test_who_asks_an_api_that_is_not_there_is_told_what_to_start(tmp_path: Path) -> None:
+    path, absence = f"{tmp_path}/api.sock", Absence(restart_s=0.2)
+    forwarder = Forwarder(unix_session(path), Tunnels(path, absence), absence)
+
+    async def said(place: Place) -> bytes:
+        reader, writer = await place.connect()
+        writer.write(b"GET /short HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nshort")
+        writer.close()
+
+    async def answer(request: Request) -> Reply:
+        try:
+            return await forwarder.answer(request)
+        except UpstreamUnavailable as err:
+            return Reply(503, [], str(err).encode())
+
+    async def until_said(place: Place, words: bytes) -> None:
+        while words not in await said(place):
+            await asyncio.sleep(0.02)
+
+    async with asyncio.timeout(10), serving(answer) as place:
+        assert b"the API is restarting; try again in a moment" in await said(place)
+        await until_said(place, b"`wave-proxy api`")
+        async with await asyncio.start_unix_server(converse, path):
+            assert b"short" in await said(place)
+        Path(path).unlink(missing_ok=True)
+        assert b"the API is restarting" in await said(place)
+        await until_said(place, b"`wave-proxy api`")
+        await forwarder.close()

@@ -11,6 +11,7 @@ import pytest
 from tests.test_http import Place, read_answer, serving
 from wave_proxy.errors import WaveError
 from wave_proxy.serve import http, tunnel
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.forward import Forwarder
 from wave_proxy.serve.messages import Reply, Request
 from wave_proxy.serve.origin import ClientAddress
@@ -44,7 +45,7 @@ class Api:
 @asynccontextmanager
 async def tunnelling(folder: Path, answer: bytes = SWITCHED) -> AsyncIterator[tuple[Place, Api]]:
     path, api = f"{folder}/api.sock", Api(answer)
-    forwarder = Forwarder(unix_session(path), Tunnels(path))
+    forwarder = Forwarder(unix_session(path), Tunnels(path, Absence()), Absence())
 
     async def handle(request: Request) -> Reply:
         try:

@@ -115,7 +115,9 @@ class Scene:
             await self.redis.xclaim(STREAM, "builders", consumer, 0, [entry], idle=60_000, justid=True)
 
     @asynccontextmanager
-    async def builder(self, engine: Engine | None, name: str = "one", slots: int = 4) -> AsyncIterator[asyncio.Event]:
+    async def builder(
+        self, engine: Engine | None, name: str = "one", slots: int = 4, authority: str = "wave.test"
+    ) -> AsyncIterator[asyncio.Event]:
         """A builder that works until the end of the block, or until the event is set; it builds if it has an engine."""
         stop = asyncio.Event()
         egress = Egress({self.to.address: endpoint_for(self.to.address, insecure=True, allow_private=True)})
@@ -123,7 +125,7 @@ class Scene:
         workspaces = Workspaces(self.data, registry, tokens, 1 << 30)
         works: dict[Kind, Work] = {}
         if engine is not None:
-            works["build"] = Pipeline(engine, workspaces, registry, Lending(tokens, "wave.test"), Credentials({}))
+            works["build"] = Pipeline(engine, workspaces, registry, Lending(tokens, authority), Credentials({}))
         worker = Worker(self.builds, Works(works), name, slots=slots, lease_s=LEASE_S)
         running = asyncio.create_task(worker.run(stop, 10))
         try:
@@ -292,6 +294,14 @@ async def test_registry_that_refuses_is_named(scene: Scene) -> None:
         record, _ = await scene.done(await scene.submit())
     assert "the image can't be pushed: " in record.reason
     assert "does not let us push to repository 'lib/tool'" in record.reason
+
+
+async def test_our_own_registry_that_refuses_needs_the_secret(scene: Scene) -> None:
+    scene.to.statuses.append(("POST uploads", 401, {}))
+    async with scene.builder(Script(), authority=scene.to.address):
+        record, _ = await scene.done(await scene.submit())
+    assert "[build] secret must be set, to the same text for the proxy and for the builder" in record.reason
+    assert "[registries" not in record.reason
 
 
 async def test_fault_of_the_builder_ends_the_build_and_not_the_builder(scene: Scene) -> None:

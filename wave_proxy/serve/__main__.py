@@ -32,6 +32,7 @@ from wave_proxy.config import ConfigInvalid, QuotaSettings, Settings, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.readiness import raise_file_limit, say_ready
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.access import Access
 from wave_proxy.serve.app import App
 from wave_proxy.serve.augment import Augmenter
@@ -135,7 +136,8 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     resolver = Resolver(tokens, ready, access, settings.authority, anonymous=settings.access.anonymous)
     stack.push_async_callback(resolver.close)
     layers = Layers(repositories, registry, blobs, tokens, access)
-    forwarder = Forwarder(unix_session(api), Tunnels(api))
+    absence = Absence()
+    forwarder = Forwarder(unix_session(api), Tunnels(api, absence), absence)
     stack.push_async_callback(forwarder.close)
     builds = BuildStore(redis, BuildLimits(settings.build.max_running))
     followers = (resolver.follow_deletions(), follow_jobs(builds, ready), usage.follow_days())

@@ -12,6 +12,7 @@ from yarl import URL
 
 from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import NotFound, UpstreamUnavailable
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.messages import Reply, Request, Terms
 from wave_proxy.serve.tunnel import Tunnels
 from wave_proxy.upstream.egress import Session
@@ -39,8 +40,9 @@ _UNANSWERED = 256  # at once, of one worker: more connections at the same time t
 class Forwarder:
     """Hands requests on, with the client's address in ``X-Wave-Client``, which no client can set itself."""
 
-    def __init__(self, session: Session, tunnels: Tunnels) -> None:
+    def __init__(self, session: Session, tunnels: Tunnels, absence: Absence) -> None:
         self._session = session
+        self._absence = absence
         self._tunnels = tunnels
         self._large = asyncio.Semaphore(_LARGE_BODIES)
         # Answers that are under way do not count: a log is followed for as long as its build runs.
@@ -97,7 +99,7 @@ class Forwarder:
     ) -> aiohttp.ClientResponse:
         try:
             async with self._unanswered:
-                return await self._session.request(
+                answer = await self._session.request(
                     request.method,
                     URL(f"http://api{request.target}", encoded=True),  # else it would fold `%2e%2e`
                     headers=headers,
@@ -105,10 +107,12 @@ class Forwarder:
                     allow_redirects=False,
                     skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
                 )
+            self._absence.end()
+            return answer
         except aiohttp.ClientError as err:
             if request.body.error is not None:  # what ended the sending was not the api
                 raise request.body.error from None
-            raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
+            raise UpstreamUnavailable(self._absence.explain()) from err
 
     async def close(self) -> None:
         """Close the connections to the api."""

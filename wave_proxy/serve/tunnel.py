@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from wave_proxy.errors import Overloaded, UpstreamUnavailable
+from wave_proxy.serve.absence import Absence
 from wave_proxy.serve.messages import Body, Reply, Request
 from wave_proxy.state.networks import network_of
 from wave_proxy.upstream.egress import unix_connection
@@ -22,8 +23,9 @@ Headers = list[tuple[str, str]]
 class Tunnels:
     """The WebSockets of one worker; ``path`` is the api's socket."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, absence: Absence) -> None:
         self._path = path
+        self._absence = absence
         self._open: Counter[str] = Counter()  # by the client's network
 
     def lead_to(self, target: str) -> bool:
@@ -45,7 +47,7 @@ class Tunnels:
             self.forget(client)
             if not isinstance(err, OSError):
                 raise
-            raise UpstreamUnavailable("the API is restarting; try again in a moment") from err
+            raise UpstreamUnavailable(self._absence.explain()) from err
         tunnel = _Tunnel(self, client, reader, writer, rest)
         try:
             return await tunnel.ask(request, headers)
