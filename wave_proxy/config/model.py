@@ -313,7 +313,9 @@ class QuotaSettings(_Section):
     """Limits per user, or per address without one: so many in any span of that length, over all processes and machines.
 
     `"<max>/<duration>"` or `"off"`. A pull is one GET of an image's manifest: what a HEAD, an index, a config or a
-    blob asks for is not counted. IPv6 addresses count by /64.
+    blob asks for is not counted. IPv6 addresses count by /64. Who is over a limit gets status 429 with the time until
+    there is room again in its message and in `RateLimit-Reset`. `Retry-After` says that too, but 60 seconds at most, as
+    clients sleep for as long as it says.
     """
 
     pull_anonymous: Quota = Field("100/1h", description="Pulls without a user.")

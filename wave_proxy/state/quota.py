@@ -51,7 +51,7 @@ _IDLE_S = 10.0
 _MEMORY = 100_000  # subjects
 _GROWTH = 4
 _HELD_S = 0.1  # a wait this long is one for a permit to free; shorter ones are round trips
-_MAX_RETRY_AFTER_S = 60  # clients take it at its word, and would sleep for an hour; the true time stands beside it
+_MAX_RETRY_AFTER_S = 60  # clients sleep for as long as it says, some for an hour; the true time stands beside it
 
 # Reports what became of a process's last lease, and leases anew. Calls are numbered: one that is repeated gets the
 # same answer and changes nothing; one that arrives after a later one does nothing.
