@@ -7,7 +7,7 @@ from builder.failures import NOT_BUILT, BuildFailed
 from wave_proxy.errors import ContentMismatch, UpstreamError, WaveError
 from wave_proxy.image.oci import MAX_MANIFEST_BYTES, Descriptor, Platform, matches, read_json_object, read_manifest
 from wave_proxy.image.reference import Reference
-from wave_proxy.upstream.registry import FetchedManifest, Registry
+from wave_proxy.upstream.registry import FetchedManifest, ManifestHead, Registry
 
 _LOOK_S = 10.0
 
@@ -18,13 +18,13 @@ class Base:
 
     path: str
     image: Reference
-    fetched: FetchedManifest | None = None
+    found: FetchedManifest | ManifestHead | None = None
     problem: str = ""
 
     @property
     def digest(self) -> str:
         """``@digest``, empty when that is not known or in the name."""
-        return f"@{self.fetched.digest}" if self.fetched and not self.image.is_digest else ""
+        return f"@{self.found.digest}" if self.found and not self.image.is_digest else ""
 
 
 class Bases:
@@ -38,12 +38,15 @@ class Bases:
         """What ``image`` is, whose repository is ``path`` at wave-proxy. What can't be read, the engine will name."""
         try:
             async with asyncio.timeout(_LOOK_S):
-                return Base(path, image, await self._registry.fetch_manifest(self._authority, path, image.reference))
+                place = (self._authority, path, image.reference)
+                if path == image.repository:  # by its own token, to get the manifest would count as a pull
+                    return Base(path, image, await self._registry.head_manifest(*place))
+                return Base(path, image, await self._registry.fetch_manifest(*place))
         except TimeoutError:
             return Base(path, image, problem=f"nothing came within {_LOOK_S:g} s")
         except WaveError as err:
-            place, name = f"{self._authority}/{path}", f"{image.registry}/{image.repository}"
-            return Base(path, image, problem=str(err).replace(place, name))
+            name = f"{image.registry}/{image.repository}"
+            return Base(path, image, problem=str(err).replace(f"{self._authority}/{path}", name))
 
     async def check(self, base: Base, wanted: Platform) -> None:
         """Check that an image which is no index is for that platform, for the tools only warn. Raises BuildFailed."""
@@ -61,9 +64,9 @@ class Bases:
 
     async def _find_platform(self, base: Base) -> Platform | None:
         """What the config of a single image says; None for an index, and where it says nothing."""
-        if base.fetched is None:
+        if not isinstance(base.found, FetchedManifest):
             return None
-        manifest = read_manifest(base.fetched.content, base.fetched.media_type)
+        manifest = read_manifest(base.found.content, base.found.media_type)
         if manifest.config is None or not manifest.is_image:
             return None
         config = read_json_object(await self._read(base.path, manifest.config), f"the config of {base.image}")

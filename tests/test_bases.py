@@ -57,6 +57,17 @@ async def test_what_can_not_be_read_is_not_judged() -> None:
             upstream.faults.status["/manifests/"] = 503
             gone = await bases.look("wt/1/lib/base", parse_reference(NAME))
             await bases.check(gone, parse_platform("linux/arm64"))
-    assert (gone.digest, gone.fetched) == ("", None)
+    assert (gone.digest, gone.found) == ("", None)
     assert "docker.io/lib/base:1 (HTTP 503" in gone.problem
     assert "wt/1" not in gone.problem
+
+
+async def test_an_image_with_a_token_of_its_own_is_not_pulled_twice() -> None:
+    with Upstream() as upstream:
+        upstream.add("wt/1/lib/base", AMD, "1")
+        async with registry_at(upstream) as registry:
+            bases = Bases(registry, upstream.address)
+            base = await bases.look("wt/1/lib/base", parse_reference(f"{upstream.address}/wt/1/lib/base:1"))
+            await bases.check(base, parse_platform("linux/amd64"))
+    assert base.digest == f"@{AMD.digest}"
+    assert [request.method for request in upstream.log] == ["HEAD"]
