@@ -145,8 +145,9 @@ async def test_a_scan(scene: Scene, tmp_path: Path) -> None:
 )
 async def test_which_image_it_is(scene: Scene, tmp_path: Path, reference: str, platform: str, expected: Image) -> None:
     async with scene.builder(looking(tmp_path)):
-        record, _ = await scene.done(await scene.submit(reference, platform=platform))
+        record, log = await scene.done(await scene.submit(reference, platform=platform))
     assert (record.digest, record.reason) == (expected.digest, "")
+    assert f"image {expected.digest}, {'2 layers' if expected is AMD64 else '1 layer'}, " in log
 
 
 @pytest.mark.parametrize(
