@@ -43,7 +43,8 @@ from api.platform.remembered import Remembered
 from api.platform.runs import RunLimits, Runs
 from api.registries import Registries
 from api.scan_orders import ScanOrders
-from wave_proxy.config import BuildSettings, ConfigInvalid, PlatformSettings, ScanSettings, Settings, receive
+from wave_proxy.config.handed import ConfigInvalid, receive
+from wave_proxy.config.model import BuildSettings, PlatformSettings, ScanSettings, Settings
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.logs import configure

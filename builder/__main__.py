@@ -8,6 +8,7 @@ import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from secrets import token_hex
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -28,7 +29,7 @@ from builder.trivy import ScannerMissing, Trivy
 from builder.work import Work, Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
-from wave_proxy.config import BuildSettings, ConfigInvalid, Settings, receive
+from wave_proxy.config.handed import ConfigInvalid, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.build import Kind
 from wave_proxy.logs import configure
@@ -43,10 +44,14 @@ from wave_proxy.upstream.egress import Egress
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import own_login, read_credentials, read_endpoints, with_own
 
+if TYPE_CHECKING:
+    from wave_proxy.config.model import BuildSettings, Settings
+
+
 log = structlog.get_logger()
 
 
-async def run(settings: Settings) -> None:
+async def run(settings: "Settings") -> None:
     """Work until SIGTERM or SIGINT. Raises StateUnavailable when Redis does not answer."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -67,7 +72,7 @@ async def run(settings: Settings) -> None:
     log.info("builder stopped")
 
 
-async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> Worker:
+async def _compose(settings: "Settings", redis: Redis, stack: AsyncExitStack) -> Worker:
     egress = Egress(
         with_own(read_endpoints(settings.registries), settings.authority, settings.own_url),
         connect_timeout_s=settings.upstream.connect_timeout,
@@ -101,7 +106,7 @@ async def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack) -> W
 
 
 async def _scanner(
-    settings: Settings, registry: Registry, workspaces: Workspaces, lending: Lending, redis: Redis
+    settings: "Settings", registry: Registry, workspaces: Workspaces, lending: Lending, redis: Redis
 ) -> Scanner:
     """What scans; a scan fails with the reason when this machine can't run the program."""
     scan, build = settings.scan, settings.build
@@ -122,7 +127,7 @@ async def _scanner(
     return Scanner(trivy, fetching, workspaces, lending, reports, most=scan.max_vulnerabilities)
 
 
-def _store(settings: BuildSettings, redis: Redis) -> BuildStore:
+def _store(settings: "BuildSettings", redis: Redis) -> BuildStore:
     return BuildStore(
         redis,
         BuildLimits(settings.max_running, settings.max_running_per_user),
@@ -131,7 +136,7 @@ def _store(settings: BuildSettings, redis: Redis) -> BuildStore:
     )
 
 
-async def _engine(settings: Settings, egress: Egress, own: Login | None) -> Engine:
+async def _engine(settings: "Settings", egress: Egress, own: Login | None) -> Engine:
     """The configured engine; one that fails every build with the reason when this machine can't run it.
 
     ``own`` is the login of our own registry.

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wave_proxy.config import ConfigInvalid, load
+from wave_proxy.config.handed import ConfigInvalid
+from wave_proxy.config.loading import load
 from wave_proxy.config.mistakes import unknown_variables
 
 LOGIN = '[registries."quay.io"]\nusername = "a"\n'

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wave_proxy.config import Settings, load
+from wave_proxy.config.loading import load
+from wave_proxy.config.model import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "configuration.md"

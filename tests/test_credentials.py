@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from wave_proxy.config import ConfigInvalid, Settings, load
+from wave_proxy.config.handed import ConfigInvalid
+from wave_proxy.config.loading import load
+from wave_proxy.config.model import Settings
 from wave_proxy.config.writing import to_toml
 from wave_proxy.upstream.credentials import Credentials, Login
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits

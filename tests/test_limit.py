@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wave_proxy.config import ConfigInvalid, load
+from wave_proxy.config.handed import ConfigInvalid
+from wave_proxy.config.loading import load
 from wave_proxy.image.limit import Limit, parse_limit
 
 GOOD = [

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wave_proxy.config import ConfigInvalid, load
+from wave_proxy.config.handed import ConfigInvalid
+from wave_proxy.config.loading import load
 from wave_proxy.serve.origin import ClientAddress
 
 PROXIES = ("10.0.0.0/8", "2001:db8:f::/48", "192.0.2.7")

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from wave_proxy.config import PlatformSettings
+from wave_proxy.config.model import PlatformSettings
 from wave_proxy.image.platform import is_endpoint, known_endpoint, matches_endpoint, pairing_key, session_key
 
 CLOUD = "https://api.cloud.seqera.io"

@@ -9,7 +9,9 @@ from socket import create_connection
 import pytest
 
 from tests.servers import Response, WaveProxy
-from wave_proxy.config import ConfigInvalid, SecurityHeaderSettings, load
+from wave_proxy.config.handed import ConfigInvalid
+from wave_proxy.config.loading import load
+from wave_proxy.config.model import SecurityHeaderSettings
 
 HEADERS = {
     "Strict-Transport-Security": "max-age=31536000; includeSubDomains",

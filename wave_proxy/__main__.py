@@ -15,7 +15,9 @@ import typer
 from pydantic import SecretStr
 
 from wave_proxy import __version__, logs
-from wave_proxy.config import ConfigInvalid, Settings, hand_down, load
+from wave_proxy.config.handed import ConfigInvalid, hand_down
+from wave_proxy.config.loading import load
+from wave_proxy.config.model import Settings
 from wave_proxy.errors import RequestInvalid, StateUnavailable
 from wave_proxy.serve.tls import TlsInvalid, server_context
 from wave_proxy.state.accounts import Accounts, hash_password

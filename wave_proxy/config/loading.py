@@ -1,7 +1,6 @@
-"""The settings read, once, from a TOML file and the environment, which wins; and handed down to child processes."""
+"""The settings read, once, from a TOML file and the environment, which wins."""
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from tomllib import TOMLDecodeError
@@ -9,11 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from wave_proxy.config.handed import ConfigInvalid
 from wave_proxy.config.model import Settings
-
-
-class ConfigInvalid(Exception):
-    """The configuration can't be used; the text names every wrong key, its value and the rule, in one line."""
 
 
 def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
@@ -68,25 +64,3 @@ def _sources(config_file: Path | None) -> type[Settings]:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file)
 
     return Sources
-
-
-def hand_down(settings: Settings) -> int:
-    """A file descriptor of memory with the settings, secrets and all, for child processes: see ``receive``."""
-    fd = os.memfd_create("wave-proxy settings")
-    os.write(fd, pickle.dumps(settings))
-    return fd
-
-
-def receive() -> Settings:
-    """What the supervisor handed down, if it did (``WAVE_SETTINGS_FD``); else ``load`` by ``WAVE_CONFIG_FILE``.
-
-    Raises ConfigInvalid.
-    """
-    if handed_down := os.environ.pop("WAVE_SETTINGS_FD", ""):
-        fd = int(handed_down)
-        content = os.pread(fd, os.fstat(fd).st_size, 0)  # others read it at the same time, and share its position
-        os.close(fd)
-        settings: Settings = pickle.loads(content)  # noqa: S301 - our own, never on a disk
-        return settings
-    config_file = os.environ.get("WAVE_CONFIG_FILE")
-    return load(Path(config_file) if config_file else None, {})

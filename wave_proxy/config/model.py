@@ -3,7 +3,6 @@
 ``docs/configuration.md`` is generated from here, so each field's description is what users read.
 """
 
-import os
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -21,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from wave_proxy.config.handed import headers_of, own_url, public_url, read_password
 from wave_proxy.config.units import format_duration, format_size, parse_duration, parse_size
 from wave_proxy.errors import clip
 from wave_proxy.image.limit import parse_limit
@@ -154,9 +154,7 @@ class RegistrySettings(_Section):
 
     def read_password(self) -> str:
         """The password, from its file if there is one. Raises OSError."""
-        if self.password_file is not None:
-            return self.password_file.read_text().strip()
-        return self.password.get_secret_value()
+        return read_password(self)
 
     @model_validator(mode="after")
     def _has_a_whole_login(self) -> Self:
@@ -222,8 +220,7 @@ class SecurityHeaderSettings(_Section):
     @property
     def headers(self) -> dict[str, str]:
         """Those that are sent, by their names."""
-        values = {name.replace("_", "-").title(): getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in values.items() if name != "Enabled" and value} if self.enabled else {}
+        return headers_of(self)
 
     @field_validator("*")
     @classmethod
@@ -629,8 +626,7 @@ class Settings(BaseModel):
     @property
     def public_url(self) -> str:
         """What image names begin with, scheme included."""
-        scheme = "https" if self.tls_cert else "http"
-        return self.server_url or f"{scheme}://localhost:{self.port}"
+        return public_url(self)
 
     @property
     def authority(self) -> str:
@@ -640,7 +636,7 @@ class Settings(BaseModel):
     @property
     def own_url(self) -> str:
         """Where our own parts reach the port: what the supervisor says, when it runs them side by side."""
-        return os.environ.get("WAVE_OWN_URL") or self.public_url
+        return own_url(self)
 
 
 OF_LOGINS = frozenset({"username", "password", "password_file", "users"})

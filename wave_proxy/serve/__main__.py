@@ -13,6 +13,7 @@ import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvloop
 from setproctitle import setproctitle
@@ -28,7 +29,7 @@ from wave_proxy.cache.permissions import Permissions
 from wave_proxy.cache.repositories import Repositories
 from wave_proxy.cache.tags import Tags
 from wave_proxy.cache.uploads import Uploads
-from wave_proxy.config import ConfigInvalid, QuotaSettings, Settings, receive
+from wave_proxy.config.handed import ConfigInvalid, receive
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.readiness import raise_file_limit, say_ready
@@ -65,6 +66,10 @@ from wave_proxy.upstream.egress import Egress, unix_session
 from wave_proxy.upstream.registry import Registry
 from wave_proxy.upstream.tables import read_credentials, read_endpoints, read_limits
 
+if TYPE_CHECKING:
+    from wave_proxy.config.model import QuotaSettings, Settings
+
+
 _UNSENT_BYTES = 1 << 18  # of a connection, before it takes no more
 
 
@@ -78,7 +83,7 @@ def main() -> None:
         sys.exit(f"wave-proxy: {err}")
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: "Settings") -> None:
     setproctitle(f"wave-proxy: {os.environ.get('WAVE_PART', 'proxy')}")
     raise_file_limit()
     loop = asyncio.get_running_loop()
@@ -102,7 +107,7 @@ async def _run(settings: Settings) -> None:
         await stack.aclose()
 
 
-def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> Server:
+def _compose(settings: "Settings", redis: Redis, stack: AsyncExitStack, background: asyncio.TaskGroup) -> Server:
     """Everything that answers a request, from the outside in; ``stack`` closes it, in reverse."""
     stack.push_async_callback(redis.aclose)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
@@ -168,7 +173,7 @@ def _compose(settings: Settings, redis: Redis, stack: AsyncExitStack, background
     return server
 
 
-def _registry(settings: Settings, stack: AsyncExitStack) -> Registry:
+def _registry(settings: "Settings", stack: AsyncExitStack) -> Registry:
     egress = Egress(
         read_endpoints(settings.registries),
         connect_timeout_s=settings.upstream.connect_timeout,
@@ -197,7 +202,7 @@ def _publish(publisher: Publisher, stack: AsyncExitStack, background: asyncio.Ta
         stack.push_async_callback(cancel, background.create_task(coroutine))
 
 
-def _quotas(settings: QuotaSettings, redis: Redis) -> Quotas:
+def _quotas(settings: "QuotaSettings", redis: Redis) -> Quotas:
     return Quotas(
         redis,
         {
@@ -210,13 +215,13 @@ def _quotas(settings: QuotaSettings, redis: Redis) -> Quotas:
     )
 
 
-def _logins(settings: Settings) -> Logins:
+def _logins(settings: "Settings") -> Logins:
     hashes = {user: text.get_secret_value() for user, text in settings.accounts.items()}
     accounts = Accounts(hashes, builder_secret=settings.build.secret.get_secret_value())
     return Logins(accounts, anonymous=settings.local.anonymous_push)
 
 
-def _limits(settings: Settings) -> Limits:
+def _limits(settings: "Settings") -> Limits:
     return Limits(
         header_timeout_s=settings.http.header_timeout,
         idle_timeout_s=settings.http.idle_timeout,
