@@ -43,6 +43,7 @@ from api.platform.remembered import Remembered
 from api.platform.runs import RunLimits, Runs
 from api.registries import Registries
 from api.scan_orders import ScanOrders
+from api.sizes import Sizes
 from wave_proxy.config.handed import ConfigInvalid, receive
 from wave_proxy.config.model import BuildSettings, PlatformSettings, ScanSettings, Settings
 from wave_proxy.errors import StateUnavailable
@@ -146,6 +147,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         _orders(settings, redis, Planner(registries, tokens, _defaults(settings), secret), builds, usage, stack),
         scans,
         _mirroring(settings, registries, builds, usage, secret),
+        Sizes(tokens, anonymous=settings.tokens.bytes_anonymous, identified=settings.tokens.bytes_identified),
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,

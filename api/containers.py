@@ -42,6 +42,7 @@ from api.rules import check_known, check_rules, check_supported
 from api.scan_orders import ScanOrders
 from api.schema import Submission, parse_submission
 from api.shapes import Container, ContainerLegacy, ContainerStatus, Message, Submitted, SubmittedLegacy
+from api.sizes import Sizes
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
@@ -49,7 +50,6 @@ from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.image.scan import Scan
 from wave_proxy.state.accounts import Accounts
-from wave_proxy.state.attempts import Attempts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
@@ -59,10 +59,6 @@ _GROUP = "Containers"
 _EXAMPLE = {"containerImage": "docker.io/library/busybox:latest", "containerConfig": {"env": ["GREETING=hello"]}}
 _SUBMIT = {**ASKING_UPSTREAM, 501: NOT_HERE}
 _MISSING = Answer("The token is unknown, or its record is not kept any more.", Message)
-
-# What container requests may take of the state store's memory, in an hour; and what each takes at least.
-_KEPT, _KEPT_ANONYMOUS, _KEPT_IDENTIFIED, _KEPT_IN_S = "bytes of container requests", 64 << 20, 512 << 20, 3600.0
-_RECORD_BYTES = 1 << 10
 
 
 class Containers:
@@ -82,6 +78,7 @@ class Containers:
         orders: Orders,
         scans: ScanOrders,
         mirroring: Mirroring,
+        sizes: Sizes,
         *,
         public_url: str,
         lifetime_s: float,
@@ -100,10 +97,7 @@ class Containers:
         self._authority = urlsplit(public_url).netloc
         self._lifetime_s = lifetime_s
         self._runs = runs
-        self._sizes = {
-            False: Attempts(_KEPT, _KEPT_ANONYMOUS, _KEPT_IN_S),
-            True: Attempts(_KEPT, _KEPT_IDENTIFIED, _KEPT_IN_S),
-        }
+        self._sizes = sizes
         self._max_body_bytes = max_body_bytes
         self.routes = routes_of(self)
 
@@ -258,19 +252,10 @@ class Containers:
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
-        await self._admit_size(submission.config, identity.email, ip_address)
+        await self._sizes.admit(submission.config, identity.email, ip_address)
         wanted, built = await self._resolve(submission, identity, ip_address)
         token, told = await self._record(wanted)
         return submitted(token, told, self._authority, legacy=legacy, built=built)
-
-    async def _admit_size(self, config: ContainerConfig, email: str, ip_address: str) -> None:
-        """Let in what a request makes the state store keep, which it does in memory. Raises TooManyRequests."""
-        texts = (*config.env, *config.entrypoint, *config.cmd, config.working_dir)
-        linked = (layer.location for layer in config.layers if not layer.is_inline)
-        kept = _RECORD_BYTES + sum(map(len, (*texts, *linked))) + await self._tokens.missing_bytes(config.layers)
-        sizes, who = self._sizes[bool(email)], email or ip_address
-        sizes.check(who)
-        sizes.count(who, kept)
 
     async def _resolve(
         self, submission: Submission, identity: Identity, ip_address: str

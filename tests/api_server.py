@@ -30,6 +30,7 @@ from api.orders import Orders
 from api.pages.site import Site
 from api.registries import Registries
 from api.scan_orders import ScanOrders
+from api.sizes import Sizes
 from tests.documented import check_answer
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
@@ -73,6 +74,7 @@ class ApiServer:
         scans: bool = False,
         users: Mapping[str, Sequence[str]] | None = None,
         own_url: str = "",
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._redis_url = redis_url
         self._endpoints = {host: endpoint_for(host, insecure=True, allow_private=True) for host in upstreams}
@@ -87,6 +89,7 @@ class ApiServer:
         self._quotas = quotas or {}
         self._anonymous = anonymous
         self._scans = scans
+        self._sizes = sizes or {}
         self._server: uvicorn.Server | None = None
         self.app: Starlette = None  # type: ignore[assignment]  # set before it answers
         self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="api")
@@ -129,6 +132,7 @@ class ApiServer:
             Orders(builds, planner, quotas, usage, enabled=self._builds),
             scans,
             Mirroring(builds, registries, usage, MirrorPlaces(AUTHORITY, (self._build_repository,)), timeout_s=60.0),
+            Sizes(tokens, **self._sizes),
             public_url=f"http://{AUTHORITY}",
             lifetime_s=self._lifetime_s,
             max_body_bytes=self._max_body_bytes,

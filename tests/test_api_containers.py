@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from api import containers
 from bench.images import Image, Layer, image, index, layer, random_blob
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
@@ -486,13 +485,10 @@ def test_large_layers_are_taken(api: ApiServer, base: str, tmp_path: Path) -> No
     assert api.submit(**with_layers(base, large.inline()))["succeeded"] is True
 
 
-def test_what_requests_take_of_memory_is_limited(
-    tmp_path: Path, registry: Upstream, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_requests_take_of_memory_is_limited(tmp_path: Path, registry: Upstream, base: str) -> None:
     large = layer({"large": random_blob(200_000, seed=3)})
-    monkeypatch.setattr(containers, "_KEPT_ANONYMOUS", large.size + 3000)
-    monkeypatch.setattr(containers, "_KEPT_IDENTIFIED", 20_000)
-    with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address]) as api:
+    sizes = {"anonymous": large.size + 3000, "identified": 20_000}
+    with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address], sizes=sizes) as api:
         for _ in range(3):  # it is there after the first
             assert api.post(**with_layers(base, large.inline())).status == 200
         refused = api.post(containerImage=base)

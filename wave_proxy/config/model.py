@@ -282,6 +282,12 @@ class TokenSettings(_Section):
         description="How long it can be pulled at most, however much it is in use; never less than `lifetime`.",
     )
     retention: Duration = Field(7 * 86400.0, description="How long its record can be looked up after that.")
+    bytes_anonymous: Size = Field(
+        64 * 10**6,
+        description="What the container requests of one address may take of Redis' memory in an hour, at each api; "
+        "layers that they carry count once. More are refused with 429.",
+    )
+    bytes_identified: Size = Field(512 * 10**6, description="The same for a known user.")
 
 
 class AccessSettings(_Section):
