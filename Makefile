@@ -3,6 +3,7 @@ PYTHON := .venv/bin/python
 SETUP_INPUTS := scripts/setup pyproject.toml setup.py $(wildcard wave_proxy/_fast/*.pyx)
 KERNELS := wave_proxy._fast.digest wave_proxy._fast.manifest wave_proxy._fast.window
 ARGS ?=
+SIDE_BY_SIDE ?= --numprocesses 2 --dist loadfile
 
 .PHONY: help demo test check conformance bench bench-kernels venv docs dist clean
 
@@ -23,7 +24,7 @@ demo: .venv/.ready-runtime
 
 test: .venv/.ready-test
 	@scripts/setup tools
-	PATH="$(CURDIR)/.venv/bin:$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest $(ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: .venv/.ready-check
 	$(PYTHON) -m ruff check .

@@ -6,11 +6,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPMessage
 from importlib.util import find_spec
 from pathlib import Path
+from secrets import randbelow
 from shutil import which
 from socket import AF_UNIX, socket
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
@@ -30,11 +31,18 @@ STOP_TIMEOUT_S = 30.0
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nothing listens on."""
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on loopback that nothing listens on.
+
+    Not one of those that the kernel gives to connections, and another one for each process of tests that run side by
+    side: nobody takes it before it is used.
+    """
+    first, count = 10_000, 5_000
+    first += count * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20_000
+    while True:
+        port = first + randbelow(count)
+        with socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # --- a tiny client ---------------------------------------------------------------------------------------------------
