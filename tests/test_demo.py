@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 
 import pytest
@@ -24,10 +25,16 @@ LIMIT_S = 120.0
 
 
 @contextmanager
-def demo(tmp_path: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """The demonstration as a child; its temporary folder is made in an empty ``tmp_path / "tmp"``."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
+def demo(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """The demonstration as a child; its temporary folder is made in an empty one, which has to be empty again."""
+    with TemporaryDirectory(prefix="demo-") as folder:  # a socket's path may have 107 bytes
+        with _demo_in(Path(folder), *arguments) as process:
+            yield process
+        assert os.listdir(folder) == []
+
+
+@contextmanager
+def _demo_in(folder: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", "bench.demo", *arguments]
     environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "100", "WAVE_PORT": "not a port"}
     with subprocess.Popen(
@@ -44,7 +51,6 @@ def demo(tmp_path: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
             yield process
         finally:
             process.kill()
-    assert list(folder.iterdir()) == []
 
 
 def read_until(process: "subprocess.Popen[str]", word: str) -> str:
@@ -90,8 +96,8 @@ def assert_all_end(processes: dict[int, str]) -> None:
         sleep(0.01)
 
 
-def test_demo_shows_what_happened_and_what_to_do_next(tmp_path: Path) -> None:
-    with demo(tmp_path, *SMALL) as process:
+def test_demo_shows_what_happened_and_what_to_do_next() -> None:
+    with demo(*SMALL) as process:
         output, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, errors
     assert errors == ""
@@ -109,8 +115,8 @@ def test_demo_shows_what_happened_and_what_to_do_next(tmp_path: Path) -> None:
     assert 'docker pull "$image"' in output
 
 
-def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
-    with demo(tmp_path, "--clients", "4", "--megabytes", "32") as process:
+def test_ctrl_c_ends_everything() -> None:
+    with demo("--clients", "4", "--megabytes", "32") as process:
         read_until(process, "wave-proxy")
         started = descendants(process.pid)
         assert {"api", "wave_proxy"} <= {word for title in started.values() for word in title.split()}
@@ -122,8 +128,8 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     assert_all_end(started)
 
 
-def test_a_service_that_dies_is_a_failure(tmp_path: Path) -> None:
-    with demo(tmp_path, "--clients", "4", "--megabytes", "32") as process:
+def test_a_service_that_dies_is_a_failure() -> None:
+    with demo("--clients", "4", "--megabytes", "32") as process:
         read_until(process, "wave-proxy")
         started = descendants(process.pid)
         service = min(pid for pid, title in started.items() if " serve " in title)
@@ -137,8 +143,8 @@ def test_a_service_that_dies_is_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--clients", "0"), ("--megabytes", "x")], ids=" ".join)
-def test_wrong_arguments_are_named(tmp_path: Path, arguments: tuple[str, str]) -> None:
-    with demo(tmp_path, *arguments) as process:
+def test_wrong_arguments_are_named(arguments: tuple[str, str]) -> None:
+    with demo(*arguments) as process:
         _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 2
     assert f"argument {arguments[0]}: invalid" in errors

@@ -112,15 +112,24 @@ def test_a_redis_that_hangs_stops_no_pull_of_a_known_token(upstream: Registry, w
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a link that is another user's")
 def test_a_link_of_another_user_is_no_place_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    data = tmp_path / ("x" * 120)
-    folder = runtime_folder(data)
-    assert folder.parent == tmp_path
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    os.chown(folder, 65534, 65534, follow_symlinks=False)
-    with pytest.raises(StartFailed, match="belongs to another user"):
-        runtime_folder(data)
+    with tempfile.TemporaryDirectory(prefix="run-") as place:  # short, as it has to be
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        data = tmp_path / ("x" * 120)
+        folder = runtime_folder(data)
+        assert folder.parent == Path(place)
+        folder.rmdir()
+        folder.symlink_to(tmp_path)
+        os.chown(folder, 65534, 65534, follow_symlinks=False)
+        with pytest.raises(StartFailed, match="belongs to another user"):
+            runtime_folder(data)
+
+
+def test_paths_that_are_all_too_long_for_sockets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(StartFailed, match="choose a shorter one with --data or TMPDIR"):
+        runtime_folder(long / "data")
 
 
 def test_what_was_recorded_survives_a_restart_of_everything(upstream: Registry, wave: Wave, tmp_path: Path) -> None:

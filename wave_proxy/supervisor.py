@@ -29,7 +29,8 @@ _log = structlog.get_logger()
 _QUICK_DEATH_S = 10.0  # a part that lived shorter than this is restarted with a growing delay
 _MAX_DELAY_S = 5.0
 _START_LIMIT_S = 60.0
-_MAX_SOCKET_PATH = 100  # sockaddr_un has 108 bytes
+_MAX_SOCKET_PATH = 100  # in a data folder; longer ones are in the folder for temporary files
+_SOCKET_PATH_LIMIT = 107  # sockaddr_un has 108 bytes, and the last is NUL
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -217,6 +218,11 @@ def runtime_place(data: Path) -> Path:
 def runtime_folder(data: Path) -> Path:
     """The same, which is there from now on. Raises StartFailed."""
     folder = runtime_place(data)
+    if len(str(folder / "redis.sock")) > _SOCKET_PATH_LIMIT:
+        raise StartFailed(
+            f"neither --data nor the folder for temporary files, {gettempdir()}, has a path that is short enough for "
+            "Unix sockets: choose a shorter one with --data or TMPDIR"
+        )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.lstat().st_uid != os.getuid():  # in a folder for all, a link too is its maker's choice
         raise StartFailed(f"{folder} belongs to another user; choose a shorter path with --data")
