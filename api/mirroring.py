@@ -15,7 +15,7 @@ from wave_proxy.image.mirror import mirror_hash, mirror_target
 from wave_proxy.image.private import private_folder
 from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerRequest, Identity
-from wave_proxy.state.builds import BuildStore
+from wave_proxy.state.builds import BuildStore, no_quota
 from wave_proxy.state.usage import Usage
 
 
@@ -131,7 +131,7 @@ class Mirroring:
         gone = known.build_id if known is not None and known.succeeded else ""
         logins = await self._registries.logins_for(spec.identity, parse_reference(spec.target_image))
         record, is_new = await self._builds.submit(
-            replace(spec, source_digest=digest, logins=logins), _admit, gone=gone
+            replace(spec, source_digest=digest, logins=logins), no_quota, gone=gone
         )
         if record.spec.source_image != spec.source_image:
             raise _taken(spec, "is being mirrored from another image; try again when that has ended")
@@ -162,10 +162,6 @@ class Mirroring:
         registry = await self._registries.open(identity, image)
         head = await registry.head_manifest(image.registry, image.repository, image.reference, at_once=True)
         return head.digest
-
-
-async def _admit() -> None:
-    """Mirrors have no quota."""
 
 
 def _name(image: Reference) -> str:

@@ -8,7 +8,7 @@ from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.reference import parse_reference
 from wave_proxy.image.request import ContainerRequest
 from wave_proxy.image.scan import Scan
-from wave_proxy.state.builds import BuildStore
+from wave_proxy.state.builds import BuildStore, no_quota
 from wave_proxy.state.scans import ScanReports
 from wave_proxy.state.usage import Usage
 
@@ -118,7 +118,7 @@ class ScanOrders:
     async def _submit(self, spec: BuildSpec, job: BuildRecord | None) -> str:
         known = await self._builds.find_by_target(spec.slot)
         gone = known.build_id if known is not None and self._is_old(known, job) else ""
-        record, is_new = await self._builds.submit(spec, _admit, gone=gone, after=job.build_id if job else "")
+        record, is_new = await self._builds.submit(spec, no_quota, gone=gone, after=job.build_id if job else "")
         if is_new:
             self._usage.count_job("scans", spec.identity.email, spec.platform)
         return record.build_id
@@ -135,7 +135,3 @@ def _name_of(made_by: BuildSpec) -> str:
     if made_by.build_repository.startswith("docker.io/"):
         return made_by.target_image
     return made_by.target_image.removeprefix("docker.io/")
-
-
-async def _admit() -> None:
-    """Scans have no quota of their own: what they scan has."""

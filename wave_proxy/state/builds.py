@@ -45,7 +45,7 @@ from wave_proxy.state.build_scripts import (
 )
 from wave_proxy.state.redis import Redis, answered, cancel
 
-__all__ = ["FAILED", "BuildCancelled", "BuildLimits", "BuildStore", "Claim", "LeaseLost"]
+__all__ = ["FAILED", "BuildCancelled", "BuildLimits", "BuildStore", "Claim", "LeaseLost", "no_quota"]
 
 FAILED = 255  # the exit status of builds that end without one
 
@@ -262,6 +262,10 @@ class BuildStore(BuildRecords):
     async def _read_live(self, build_id: str) -> bytes:
         async with answered():
             return cast(bytes | None, await self._redis.get(key("log", build_id))) or b""
+
+
+async def no_quota() -> None:
+    """What ``submit`` awaits for jobs that nobody is limited in."""
 
 
 def _lost(claim: Claim) -> LeaseLost:
