@@ -126,6 +126,61 @@ async def test_keys_are_kept_for_lifetime_and_retention(redis_url: str) -> None:
         assert await keys(redis_url) == pytest.approx(left, abs=2)
 
 
+PLATFORM_USER = Identity(7, "ana@lab.org", 9, "tok-secret", "ref-secret", "https://tower", "wf")
+FORGOTTEN = Identity(7, "", 9, "", "", "https://tower", "wf")
+
+
+async def contents(url: str) -> dict[str, str]:
+    """All hashes and texts in Redis."""
+    async with client(url) as redis:
+        names = [key.decode() for key in cast(list[bytes], await redis.keys("*"))]
+        return {
+            name: str(await (redis.hgetall(name) if await redis.type(name) == b"hash" else redis.get(name)))
+            for name in names
+        }
+
+
+async def test_what_proves_a_user_to_his_platform_is_kept_as_long_as_the_token_works(redis_url: str) -> None:
+    now = time()
+    async with store(redis_url) as tokens:
+        token = await tokens.put(asked(identity=PLATFORM_USER, created=now, expires=now + 100))
+        record = await tokens.find_record(token)
+        assert record is not None
+        assert record.request.identity == PLATFORM_USER
+        held = await contents(redis_url)
+        assert [key for key, text in held.items() if "-secret" in text or "lab.org" in text] == [f"wave:user:{token}"]
+        left = await keys(redis_url)
+        assert left == pytest.approx({f"wave:token:{token}": 700, f"wave:user:{token}": 160}, abs=3)
+        await tokens.extend(token, now + 1000)
+        assert await keys(redis_url) == pytest.approx({key: left_s + 900 for key, left_s in left.items()}, abs=3)
+
+
+async def test_records_of_ended_tokens_tell_nothing_of_who_could_use_them(redis_url: str) -> None:
+    async with store(redis_url) as tokens, client(redis_url) as redis:
+        ended, deleted = [await tokens.put(asked(identity=PLATFORM_USER)) for _ in range(2)]
+        await redis.delete(f"wave:user:{ended}")  # as Redis does by itself
+        await tokens.delete(deleted)
+        for token in (ended, deleted):
+            record = await tokens.find_record(token)
+            assert record is not None
+            assert record.request.identity == FORGOTTEN
+            assert (record.request.identity.key, record.request.identity.local_email) == ("", "")
+        lent = await tokens.lend(asked(identity=PLATFORM_USER), 60)
+        assert f"wave:user:{lent}" in await keys(redis_url)
+        await tokens.take_back(lent)
+        assert sorted(await keys(redis_url)) == sorted(f"wave:token:{token}" for token in (ended, deleted))
+
+
+async def test_records_of_users_of_ours_hold_no_secret_and_stay(redis_url: str) -> None:
+    ours = Identity(7, "ada@example.org", endpoint="https://tower")
+    async with store(redis_url) as tokens:
+        token = await tokens.put(asked(identity=ours))
+        record = await tokens.find_record(token)
+        assert record is not None
+        assert record.request.identity == ours
+        assert list(await keys(redis_url)) == [f"wave:token:{token}"]
+
+
 async def test_what_is_not_here_of_the_layers_that_a_request_carries(redis_url: str) -> None:
     linked = replace(inline(), location="https://host.test/layer")
     async with store(redis_url) as tokens:

@@ -16,6 +16,7 @@ from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.shapes import Message
 from wave_proxy.image.build import BuildRecord, Kind
+from wave_proxy.image.request import Identity
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.tokens import TokenRecord, TokenStore
 
@@ -100,10 +101,15 @@ def _facts(record: TokenRecord, told: dict[str, Any]) -> list[Fact]:
             fact("Fingerprint", told.get("fingerprint")),
             fact("User id", told.get("user", {}).get("id")),
             fact("Workspace", told.get("workspaceId")),
-            # Clients name one with every request, also for nobody.
-            fact("Seqera Platform", told.get("towerEndpoint") if record.request.identity.is_platform else None),
+            # Clients name one with every request, also for nobody and for users of ours.
+            fact("Seqera Platform", told.get("towerEndpoint") if _is_of_platform(record.request.identity) else None),
         ),
     ]
+
+
+def _is_of_platform(identity: Identity) -> bool:
+    """Whether a Platform knows that user; the token that shows it is not kept once the container's has ended."""
+    return identity.user_id is not None and not identity.local_email
 
 
 def _source_of(told: dict[str, Any]) -> str:

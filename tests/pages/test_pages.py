@@ -270,9 +270,11 @@ async def test_the_platform_of_a_user(scene: Scene, identity: Identity, platform
     request = ContainerRequest(scene.base, identity=identity, created=now, expires=now + 60)
     async with connect(scene.redis) as redis:
         token = await TokenStore(redis).put(request)
-    page = scene.view(f"containers/{token}")
-    assert page.facts().get("Seqera Platform") == platform
-    assert "secret" not in page.source
+        page = scene.view(f"containers/{token}")
+        assert page.facts().get("Seqera Platform") == platform
+        assert "secret" not in page.source
+        await TokenStore(redis).delete(token)
+    assert scene.view(f"containers/{token}").facts().get("Seqera Platform") == platform
 
 
 def test_a_container_that_is_built(scene: Scene) -> None:

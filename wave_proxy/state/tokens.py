@@ -1,9 +1,11 @@
-"""Tokens and what they stand for: owner of ``wave:token:*``, ``wave:made:*`` and ``wave:layer:*``.
+"""Tokens and what they stand for: owner of ``wave:token:*``, ``wave:user:*``, ``wave:made:*`` and ``wave:layer:*``.
 
 ``wave:token:<token>`` is a hash: ``request`` (JSON), and after the first pull ``source_digest`` and ``wave_digest``;
 ``expires`` (epoch seconds) once its end has been moved, ``deleted`` once an operator has ended it. It outlives the
-token by the retention time, since the service still describes requests whose token has expired. ``wave:layer:<digest>``
-holds an inline layer's gzip bytes, once for all requests that carry it, and as long as one of them can be pulled.
+token by the retention time, since the service still describes requests whose token has expired. ``wave:user:<token>``
+is JSON: what shows a Platform who its user is, and his e-mail address. It lives as long as the token can be pulled, so
+that no secret is kept for longer. ``wave:layer:<digest>`` holds an inline layer's gzip bytes, once for all requests
+that carry it, and as long as one of them can be pulled.
 ``wave:made:<token>`` maps the digest of each manifest or config that we made for the token to the digest of the
 upstream manifest that it was made from, so that any worker can make it again.
 Deletions are announced on the channel ``wave:token-deleted``.
@@ -36,7 +38,9 @@ _STORED = "data:"
 MAX_RECORD_BYTES = 1 << 20
 MAX_INLINE_BYTES = 64 << 20  # all inline layers of a request together, as gzip
 
+_USER_S = 60  # longer than the token, as the clocks of machines differ
 _LAYER_S = 3600  # longer than the tokens that need it, as the clocks of machines differ
+_OF_USER = ("email", "access_token", "refresh_token")
 _ROUND_S = 4.0  # less than the client's own limit on an answer
 
 # KEYS: a layer's key. ARGV: its bytes, and for how many seconds they are wanted. Another request may want them longer.
@@ -85,7 +89,8 @@ end
 class TokenRecord:
     """A request as it was recorded, whether its token still works or not; ``request.expires`` is its end as of now.
 
-    Digests are empty before the first pull.
+    Digests are empty before the first pull. A user of a Platform has neither access token nor e-mail address any more
+    once the token has ended.
     """
 
     token: str
@@ -117,11 +122,11 @@ class TokenStore:
         """
         token = token_hex(16)
         layers, contents = await asyncio.to_thread(_take_out, request.config.layers)
-        kept = replace(request, config=replace(request.config, layers=layers))
-        record = orjson.dumps(request_to_json(kept))
-        if len(record) > MAX_RECORD_BYTES:
+        record, user = _packed(replace(request, config=replace(request.config, layers=layers)))
+        size = len(record) + len(user)
+        if size > MAX_RECORD_BYTES:
             raise RequestInvalid(
-                f"the request has {len(record)} bytes without its inline layers, and may have {MAX_RECORD_BYTES} bytes"
+                f"the request has {size} bytes without its inline layers, and may have {MAX_RECORD_BYTES} bytes"
             )
         left_s = int(request.expires - time())
         keep_s = int(left_s + self._retention_s)
@@ -130,6 +135,8 @@ class TokenStore:
                 pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(left_s + _LAYER_S, 1))
             pipe.hset(_key(token), "request", record)
             pipe.expire(_key(token), max(keep_s, 1))
+            if user:
+                pipe.set(_user_key(token), user, ex=max(left_s + _USER_S, 1))
             await pipe.execute()
         return token
 
@@ -139,10 +146,12 @@ class TokenStore:
         Raises StateUnavailable.
         """
         token, now = token_hex(16), time()
-        lent = replace(request, uncounted=True, created=now, expires=now + lent_s)
+        record, user = _packed(replace(request, uncounted=True, created=now, expires=now + lent_s))
         async with answered(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(_key(token), "request", orjson.dumps(request_to_json(lent)))
+            pipe.hset(_key(token), "request", record)
             pipe.expire(_key(token), int(lent_s) + 1)
+            if user:
+                pipe.set(_user_key(token), user, ex=int(lent_s) + 1)
             await pipe.execute()
         return token
 
@@ -161,11 +170,15 @@ class TokenStore:
 
     async def find_record(self, token: str) -> TokenRecord | None:
         """The record of a token, also after it expired or was deleted; None when there is none (any more)."""
-        async with answered():
-            fields = cast(dict[bytes, bytes], await self._redis.hgetall(_key(token)))
+        async with answered(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(_key(token))
+            pipe.get(_user_key(token))
+            fields, user = cast(tuple[dict[bytes, bytes], bytes | None], await pipe.execute())
         if b"request" not in fields:
             return None
         request = request_from_json(orjson.loads(fields[b"request"]))
+        if user:
+            request = replace(request, identity=replace(request.identity, **orjson.loads(user)))
         if b"expires" in fields:
             request = replace(request, expires=float(fields[b"expires"]))
         return TokenRecord(
@@ -174,7 +187,7 @@ class TokenStore:
             source_digest=fields.get(b"source_digest", b"").decode(),
             wave_digest=fields.get(b"wave_digest", b"").decode(),
             deleted=b"deleted" in fields,
-            size=len(fields[b"request"]),
+            size=len(fields[b"request"]) + len(user or b""),
         )
 
     async def find_shown(self, token: str) -> TokenRecord | None:
@@ -199,6 +212,7 @@ class TokenStore:
             for layer in request.config.layers:
                 if layer.is_inline:
                     pipe.eval(_KEEP, 1, _layer_key(layer.gzip_digest), int(ends - now) + _LAYER_S)
+            pipe.eval(_KEEP, 1, _user_key(token), int(ends - now) + _USER_S)
             pipe.eval(_KEEP, 1, _made_key(token), max(int(ends - now), 1))
             pipe.eval(_EXTEND, 1, _key(token), repr(request.expires), repr(ends), repr(now), keep_s)
             answers = await pipe.execute()
@@ -211,7 +225,7 @@ class TokenStore:
             return False
         async with answered(), self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(_key(token), "deleted", "1")
-            pipe.delete(_made_key(token))
+            pipe.delete(_user_key(token), _made_key(token))
             pipe.publish(_CHANNEL, token)
             await pipe.execute()
         return True
@@ -219,7 +233,7 @@ class TokenStore:
     async def take_back(self, token: str) -> None:
         """End a lent token on every worker, and leave nothing of it. Raises StateUnavailable."""
         async with answered(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(_key(token), _made_key(token))
+            pipe.delete(_key(token), _user_key(token), _made_key(token))
             pipe.publish(_CHANNEL, token)
             await pipe.execute()
 
@@ -293,8 +307,22 @@ def _take_out(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], dict[str, b
     return tuple(kept), contents
 
 
+def _packed(request: ContainerRequest) -> tuple[bytes, bytes]:
+    """A request as it is kept for long, and what of its user only a token that works needs; empty where nothing is."""
+    identity = request.identity
+    if not identity.is_platform:
+        return orjson.dumps(request_to_json(request)), b""
+    user = {name: getattr(identity, name) for name in _OF_USER}
+    kept = replace(request, identity=replace(identity, email="", access_token="", refresh_token=""))
+    return orjson.dumps(request_to_json(kept)), orjson.dumps(user)
+
+
 def _key(token: str) -> str:
     return f"wave:token:{token}"
+
+
+def _user_key(token: str) -> str:
+    return f"wave:user:{token}"
 
 
 def _made_key(token: str) -> str:
