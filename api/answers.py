@@ -32,6 +32,7 @@ def parse_timestamp(text: str) -> datetime | None:
     """A client's time with its offset; None for what is no such thing, which the service takes for no time at all."""
     try:
         time = datetime.fromisoformat(text)
+        time.astimezone(UTC)  # which may be in no year that there is
         return time if time.utcoffset() is not None else None
     except (ValueError, OverflowError):
         return None

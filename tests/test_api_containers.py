@@ -190,9 +190,12 @@ async def test_no_platform_means_all_of_them(api: ApiServer, registry: Upstream,
     assert (await recorded(redis, answer["requestId"])).request.platforms == ()
 
 
-async def test_a_time_that_is_none_is_no_time(api: ApiServer, base: str, redis: str) -> None:
-    answer = api.submit(containerImage=base, timestamp="yesterday")
+@pytest.mark.parametrize("text", ["yesterday", "0001-01-01T00:00:00+18:00", "9999-12-31T23:59:59-18:00"])
+async def test_a_time_that_is_none_is_no_time(api: ApiServer, base: str, redis: str, text: str) -> None:
+    answer = api.submit(containerImage=base, timestamp=text)
     assert (await recorded(redis, answer["requestId"])).request.timestamp == ""
+    for path in ("/v1alpha2/container", "/container-token"):
+        assert api.request("GET", f"{path}/{answer['requestId']}").status == 200
 
 
 async def test_a_digest_stays_in_the_name_unless_the_content_changes(
