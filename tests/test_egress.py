@@ -140,9 +140,16 @@ async def test_private_addresses_are_refused_unless_configured(upstream: Start) 
             with pytest.raises(AddressRefused, match=r"allow_private = true in \[registries"):
                 await egress.request("GET", f"http://{host}:{port}/v2/")
         for host in ("2130706433", "127.1", "0x7f.0.0.1"):
-            with pytest.raises((UpstreamError, AddressRefused)):
+            with pytest.raises((HostUnknown, AddressRefused)):
                 await egress.request("GET", f"http://{host}:{port}/v2/")
     assert server.log == []
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "1.2.3.4.5", "2130706433"])
+async def test_what_only_looks_like_an_address(host: str) -> None:
+    async with egress_to() as egress:
+        with pytest.raises(HostUnknown, match=f"^{host} is no host that can be connected to: "):
+            await egress.request("GET", f"https://{host}/v2/")
 
 
 async def test_a_pooled_connection_does_not_pass_the_guard(upstream: Start) -> None:

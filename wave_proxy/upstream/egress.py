@@ -434,7 +434,9 @@ class Egress:
             return UpstreamTimeout(f"{host} did not answer within {self._response_timeout_s:g} s")
         if isinstance(err, aiohttp.ClientHttpProxyError):
             return UpstreamUnavailable(f"the proxy on the way to {host} answers with status {err.status}")
-        if isinstance(err, aiohttp.ClientResponseError | aiohttp.InvalidURL):
+        if isinstance(err, aiohttp.InvalidURL):  # of numbers that look like an address, say
+            return HostUnknown(f"{host} is no host that can be connected to: {clip(reason)}")
+        if isinstance(err, aiohttp.ClientResponseError):
             return UpstreamError(f"the answer of {host} is not HTTP as we know it: {clip(reason)}")
         return UpstreamUnavailable(f"no answer from {host}: {reason}")
 
