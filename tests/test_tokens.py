@@ -165,10 +165,15 @@ async def test_records_of_ended_tokens_tell_nothing_of_who_could_use_them(redis_
             assert record is not None
             assert record.request.identity == FORGOTTEN
             assert (record.request.identity.key, record.request.identity.local_email) == ("", "")
+        durable = await tokens.find_record(await tokens.put(asked(identity=PLATFORM_USER, freeze=True)))
+        assert durable is not None
+        assert durable.request.identity == FORGOTTEN
         lent = await tokens.lend(asked(identity=PLATFORM_USER), 60)
         assert f"wave:user:{lent}" in await keys(redis_url)
         await tokens.take_back(lent)
-        assert sorted(await keys(redis_url)) == sorted(f"wave:token:{token}" for token in (ended, deleted))
+        assert sorted(await keys(redis_url)) == sorted(
+            f"wave:token:{token}" for token in (ended, deleted, durable.token)
+        )
 
 
 async def test_records_of_users_of_ours_hold_no_secret_and_stay(redis_url: str) -> None:

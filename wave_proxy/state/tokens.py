@@ -89,8 +89,8 @@ end
 class TokenRecord:
     """A request as it was recorded, whether its token still works or not; ``request.expires`` is its end as of now.
 
-    Digests are empty before the first pull. A user of a Platform has neither access token nor e-mail address any more
-    once the token has ended.
+    Digests are empty before the first pull. A user of a Platform has neither access token nor e-mail address once the
+    token has ended, and where nothing is pulled by it.
     """
 
     token: str
@@ -308,13 +308,13 @@ def _take_out(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], dict[str, b
 
 
 def _packed(request: ContainerRequest) -> tuple[bytes, bytes]:
-    """A request as it is kept for long, and what of its user only a token that works needs; empty where nothing is."""
+    """A request as it is kept for long, and what of its user only pulls by its token need; empty where nothing is."""
     identity = request.identity
     if not identity.is_platform:
         return orjson.dumps(request_to_json(request)), b""
     user = {name: getattr(identity, name) for name in _OF_USER}
     kept = replace(request, identity=replace(identity, email="", access_token="", refresh_token=""))
-    return orjson.dumps(request_to_json(kept)), orjson.dumps(user)
+    return orjson.dumps(request_to_json(kept)), b"" if request.is_durable else orjson.dumps(user)
 
 
 def _key(token: str) -> str:
