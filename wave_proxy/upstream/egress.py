@@ -8,7 +8,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from math import ceil
 from re import compile as compile_pattern
 from time import time
@@ -52,6 +52,9 @@ _MAX_ERROR_BYTES = 64 << 10
 _MAX_RETRY_AFTER_S = 60
 _USER_AGENT = f"wave-proxy/{__version__}"
 _NAT64 = IPv6Network("64:ff9b::/96")
+# What clouds tell their machines, secrets among it, at addresses that look public: Oracle's (a range for protocols,
+# which Python before 3.11.10 takes for public) and Azure's.
+_OF_CLOUDS = (IPv4Network("192.0.0.0/24"), IPv4Network("168.63.129.16/32"))
 
 _PRINTABLE = compile_pattern(r"[!-~]*")
 _HOST = compile_pattern(r"[A-Za-z0-9._:-]+")
@@ -120,7 +123,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet: not loopback, private, link-local, shared, multicast or reserved.
+    """Whether an IP address is one of the internet: not loopback, private, link-local, shared, multicast or reserved,
+    nor one at which a cloud serves its own machines.
 
     An IPv6 address that stands for an IPv4 one (mapped, 6to4, NAT64) is what that one is.
     """
@@ -130,6 +134,8 @@ def is_public(address: str) -> bool:
         if ip.is_site_local:
             return False
         ip = inner or ip
+    if any(ip in network for network in _OF_CLOUDS):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
