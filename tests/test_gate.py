@@ -298,6 +298,28 @@ async def test_a_build_sees_of_wave_proxy_what_it_pulls(line: str, allowed: bool
         assert server.heads == []
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET /v2/wt/1/x HTTP/1.1\r\nA: b\n\nPOST /v1alpha2/container HTTP/1.1\nB: c",
+        "GET /v2/wt/1/x HTTP/1.1\r\nA: b\nX-Forwarded-For: 9.9.9.9",
+        "GET /v2/wt/1/x HTTP/1.1\r\nA: b\rX-Forwarded-For: 9.9.9.9",
+        "GET /v2/wt/1/x HTTP/1.1\r\nX-Forwarded-For : 9.9.9.9",
+        "GET /v2/wt/1/x HTTP/1.1\r\nA: b\r\n X-Forwarded-For: 9.9.9.9",
+        "GET /v2/wt/1/x\tHTTP/1.1\nA:b\n\nPOST\t/v1alpha2/container HTTP/1.1",
+    ],
+)
+async def test_a_head_that_some_servers_read_in_another_way_is_refused(head: str) -> None:
+    """Some take a line feed for a line's end, and would find a second request, or a field that is not passed on."""
+    server = Server()
+    async with listening(server.serve) as address, gate(url=f"http://{address}") as scene:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scene.ports[1])
+        writer.write(f"{head}\r\n\r\n".encode())
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+    assert server.heads == []
+
+
 async def test_wave_proxy_that_is_away_is_said() -> None:
     async with gate(url=f"http://127.0.0.1:{free_port()}") as scene:
         answer = await scene.ask("GET /v2/ HTTP/1.1\n\n", 1)
