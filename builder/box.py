@@ -15,7 +15,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -26,6 +26,7 @@ from builder.ids import Ids, IdsMissing, find_ids
 from builder.limits import Limits, Meter, Watchdog
 
 HOME = Path("/build")  # the folder of a build inside of its box
+SECRET = "/proc/1/fd/100"  # noqa: S105 - where a box's program reads the secret of its run
 
 _INSIDE = Path(__file__).with_name("inside.py")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -49,6 +50,7 @@ class Run:
     """One program to run. ``folder`` is all that it can write to; ``log`` takes what it writes.
 
     ``writable`` is the repository on wave-proxy that it may push to, ``registry`` another registry that it needs.
+    ``secret`` is for the program, at SECRET: in no file, and not to be read by what it runs with fewer capabilities.
     """
 
     argv: Sequence[str]
@@ -57,6 +59,7 @@ class Run:
     environment: Mapping[str, str]
     writable: Writable | None = None
     registry: str = ""
+    secret: str = field(default="", repr=False)
 
 
 class Boxes:
@@ -102,6 +105,8 @@ class Boxes:
             "programs": elsewhere,
             "folder": str(run.folder.resolve()),
             "home": str(HOME),
+            "secret": run.secret,
+            "secret_fd": int(SECRET.rpartition("/")[2]),
             "limits": {
                 "RLIMIT_NPROC": _at_most(resource.RLIMIT_NPROC, self._limits.processes + SPARE_PROCESSES),
                 "RLIMIT_FSIZE": _at_most(resource.RLIMIT_FSIZE, self._limits.disk),

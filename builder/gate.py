@@ -31,7 +31,7 @@ _GREETING = (  # of a registry, which has clients send the login that they have
     b'HTTP/1.1 200 OK\r\nWWW-Authenticate: Basic realm="wave-proxy"\r\nDocker-Distribution-Api-Version: registry/2.0'
     b"\r\nContent-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 )
-# What servers agree on, as RFC 9112 has it: one that also takes a line feed alone would find other requests in the text.
+# What servers agree on (RFC 9112): one that also takes a line feed alone would find other requests in the text.
 _FIRST_LINE = compile_pattern(r"([A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/1\.[0-9]")
 _FIELD_LINE = compile_pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
 _NOT_PASSED_ON = ("connection:", "keep-alive:", "proxy-", "host:", "x-forwarded-", "x-real-ip:", "forwarded:")

@@ -210,6 +210,8 @@ class Inner:
         status = 125
         try:
             os.setsid()
+            if self._plan["secret"]:
+                self._keep_secret()
             _make_root(self._plan)
             os.chdir(self._plan["home"])
             for name, limit in self._plan["limits"].items():
@@ -223,6 +225,14 @@ class Inner:
             _report(self._control, err)
         finally:
             os._exit(status)
+
+    def _keep_secret(self) -> None:
+        """Hold it in memory, where the program opens it by /proc: which the kernel permits to who may trace us."""
+        held = os.memfd_create("secret")
+        os.write(held, self._plan["secret"].encode())
+        os.dup2(held, self._plan["secret_fd"], inheritable=False)
+        os.close(held)
+        _checked(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
 
     def _execute(self) -> NoReturn:
         argv: list[str] = self._plan["argv"]

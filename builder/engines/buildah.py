@@ -9,7 +9,7 @@ from secrets import token_hex
 from tempfile import mkdtemp
 from urllib.parse import urlsplit
 
-from builder.box import HOME, SPARE_PROCESSES, Boxes, BoxUnavailable, Run
+from builder.box import HOME, SECRET, SPARE_PROCESSES, Boxes, BoxUnavailable, Run
 from builder.engines import EngineMissing, Job
 from builder.engines.registries import gated_auth, registries_conf, translate_auth
 from builder.failures import BuildFailed, classify, timed_out
@@ -98,11 +98,13 @@ class Buildah:
             async with asyncio.timeout(job.spec.timeout_s):
                 driver = await self._storage_driver(job.folder)
                 writable = self._writable(job)
-                await asyncio.to_thread(self._write_configuration, job, driver, writable)
+                logins = await asyncio.to_thread(self._logins, job, writable)
+                await asyncio.to_thread(self._write_configuration, job, driver, bool(logins))
                 tail = Tail(job.log)
                 meter = Meter(tail.write, self._limits.log_bytes)
                 for platform in job.spec.platforms:
-                    await self._run(job, tail, meter, self._build_command(job, platform), writable)
+                    command = self._build_command(job, platform, bool(logins))
+                    await self._run(job, tail, meter, command, writable, logins)
                     await self._run(job, tail, meter, _push_command(job, platform))
         except TimeoutError:
             raise timed_out(job.spec.timeout_s) from None
@@ -116,27 +118,24 @@ class Buildah:
         is_ours = self._has_gate and bool(repository) and host == self._authority
         return Writable(repository, Login("build", token_hex(16))) if is_ours else None
 
-    def _write_configuration(self, job: Job, driver: str, writable: Writable | None) -> None:
-        """All that buildah reads is in the workspace: nothing of the machine's, and no login but the job's."""
+    def _write_configuration(self, job: Job, driver: str, has_logins: bool) -> None:
+        """All that buildah reads but logins is in the workspace, and nothing of the machine's."""
         folder = job.folder / "buildah"
         for path in (folder, job.folder / "tmp", job.folder / "run"):
             path.mkdir(mode=0o700, exist_ok=True)
         (folder / "policy.json").write_text(dumps({"default": [{"type": "insecureAcceptAnything"}]}))
-        logins = self._logins(job, writable)
         # Who may change his root gets out of that of his step, and reads what is in the box.
-        capabilities = [name for name in _CAPABILITIES if name != "SYS_CHROOT" or not logins]
+        capabilities = [name for name in _CAPABILITIES if name != "SYS_CHROOT" or not has_logins]
         (folder / "containers.conf").write_text(_CONTAINERS_CONF.format(capabilities=dumps(capabilities)))
         storage = {"driver": driver, "graphroot": str(HOME / "storage"), "runroot": str(HOME / "run")}
         lines = (f"{key} = {dumps(value)}\n" for key, value in storage.items())
         (folder / "storage.conf").write_text("[storage]\n" + "".join(lines))
         (folder / "registries.conf").write_text(registries_conf(job.base_images, self._insecure(job)))
-        if logins:
-            auth = folder / "auth.json"
-            auth.touch(mode=0o600)
-            auth.write_text(logins)
 
     def _logins(self, job: Job, writable: Writable | None) -> str:
-        """The logins that have to be in the box, as buildah reads them; empty when none has. The job's file goes."""
+        """The logins that buildah needs, as it reads them; empty for none. The job's file goes: none is to be found
+        in the box, since steps have ways to files outside of their root (``--mount=type=cache,id=../..`` is one).
+        """
         text = '{"auths": {}}'
         if job.auth_file is not None:
             text = job.auth_file.read_text()
@@ -154,7 +153,15 @@ class Buildah:
         host, slash, path = job.spec.cache_repository.partition("/")
         return f"{self._registry if host == self._authority else host}{slash}{path}"
 
-    async def _run(self, job: Job, tail: Tail, meter: Meter, argv: list[str], writable: Writable | None = None) -> None:
+    async def _run(
+        self,
+        job: Job,
+        tail: Tail,
+        meter: Meter,
+        argv: list[str],
+        writable: Writable | None = None,
+        logins: str = "",
+    ) -> None:
         environment = {
             "TMPDIR": str(HOME / "tmp"),
             "XDG_RUNTIME_DIR": str(HOME / "run"),
@@ -166,18 +173,18 @@ class Buildah:
         }
         cache = job.spec.cache_repository
         registry = parse_reference(cache).registry if cache and writable is None else ""
-        status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable, registry))
+        status = await self._boxes.run(Run(argv, job.folder, meter, environment, writable, registry, logins))
         if status != 0:
             raise BuildFailed(classify(job.named(tail.text), status), status)
 
-    def _build_command(self, job: Job, platform: str) -> list[str]:
+    def _build_command(self, job: Job, platform: str, has_logins: bool) -> list[str]:
         spec = job.spec
         command = ["buildah", "build", "--format", "oci", "--isolation", "chroot"]
         command += ["--network", "host", "--platform", platform, "--timestamp", str(spec.epoch)]
         command += ["--signature-policy", str(HOME / "buildah" / "policy.json")]
         command += ["--ulimit", f"nproc={self._limits.processes + SPARE_PROCESSES}", "--retry", "2"]
-        if (job.folder / "buildah" / "auth.json").exists():
-            command += ["--authfile", str(HOME / "buildah" / "auth.json")]
+        if has_logins:
+            command += ["--authfile", SECRET]
         if spec.cache_repository:
             cache = self._cache_repository(job)
             command += ["--layers", "--cache-from", cache, "--cache-to", cache]
