@@ -2,9 +2,11 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from re import compile as compile_pattern
 
 from builder.cgroup import Cgroup, Kind
 from builder.failures import OUT_OF_MEMORY, BuildFailed
@@ -18,6 +20,8 @@ _TAIL_BYTES = 64 << 10
 _MIN_FREE_BYTES = 512 << 20
 _KINDS: frozenset[Kind] = frozenset(("memory", "processes"))
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_MUCH_SHARED_BYTES = 32 << 20
+_OCTAL = compile_pattern(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ class Usage:
 
 
 def usage(pid: int) -> Usage:
-    """What a process and all its descendants use; memory without what is shared with files and other processes."""
+    """What a process and all its descendants use: memory without what is shared with files on disk."""
     parents, threads = _processes()
     family = {pid}
     grown = True
@@ -176,7 +180,9 @@ def usage(pid: int) -> Usage:
         found = {child for child, parent in parents.items() if parent in family} - family
         family |= found
         grown = bool(found)
-    return Usage(sum(_private_bytes(member) for member in family), sum(threads.get(member, 0) for member in family))
+    # What is mapped may be of a file system in memory: the same pages are not counted twice.
+    shared = max(sum(map(_shared_bytes, family)), _bytes_in_memory_files(family))
+    return Usage(sum(map(_private_bytes, family)) + shared, sum(threads.get(member, 0) for member in family))
 
 
 def _processes() -> tuple[dict[int, int], dict[int, int]]:
@@ -192,6 +198,42 @@ def _processes() -> tuple[dict[int, int], dict[int, int]]:
 def _private_bytes(pid: int) -> int:
     fields = _read(f"/proc/{pid}/statm").split()
     return (int(fields[1]) - int(fields[2])) * _PAGE_BYTES if fields else 0
+
+
+def _shared_bytes(pid: int) -> int:
+    """The process's part of the memory that it shares with others; 0 when that is little, as it takes long to tell."""
+    fields = _read(f"/proc/{pid}/statm").split()
+    if not fields or int(fields[2]) * _PAGE_BYTES < _MUCH_SHARED_BYTES:
+        return 0
+    lines = (line.split() for line in _read(f"/proc/{pid}/smaps_rollup").splitlines())
+    return sum(int(words[1]) << 10 for words in lines if words[0] == b"Pss_Shmem:")
+
+
+def _bytes_in_memory_files(pids: Iterable[int]) -> int:
+    """What is stored in file systems that are in memory, and that these processes have and we don't."""
+    known = {device for device, _ in _memory_mounts(os.getpid())}
+    namespaces, total = set(), 0
+    for pid in pids:
+        with suppress(OSError):  # it has just ended
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in namespaces:
+                continue
+            namespaces.add(namespace)
+            for device, place in _memory_mounts(pid):
+                if device not in known:
+                    known.add(device)
+                    status = os.statvfs(place)
+                    total += (status.f_blocks - status.f_bfree) * status.f_frsize
+    return total
+
+
+def _memory_mounts(pid: int) -> Iterator[tuple[bytes, bytes]]:
+    """The device and the place, as we reach it, of each tmpfs that a process sees. Source: proc_pid_mountinfo(5)."""
+    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+        fields, _, kind = line.partition(b" - ")
+        if kind.startswith(b"tmpfs "):
+            place = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), fields.split(b" ")[4])
+            yield fields.split(b" ")[2], b"/proc/%d/root%b" % (pid, place)
 
 
 def _read(path: str) -> bytes:

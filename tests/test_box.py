@@ -187,6 +187,7 @@ def _children(pid: int) -> list[int]:
 
 # --- limits ------------------------------------------------------------------------------------------------------
 
+SHARING = "import mmap, time; held = mmap.mmap(-1, 400 << 20); held.write(bytes(400 << 20)); time.sleep(100)"
 BOMB = "bomb() { bomb | bomb & }; bomb; sleep 100"
 
 
@@ -206,6 +207,16 @@ def guarded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             "dd if=/dev/zero of=/dev/null bs=900M count=1000",
             "out of memory: the build used its limit of 300.0 MB",
             id="memory",
+        ),
+        pytest.param(
+            "mkdir 'a b'; mount -t tmpfs t 'a b'; dd if=/dev/zero of='a b/file' bs=1M count=400; sleep 100",
+            "out of memory: the build used its limit of 300.0 MB",
+            id="files in memory",
+        ),
+        pytest.param(
+            f"python3 -c '{SHARING}'",
+            "out of memory: the build used its limit of 300.0 MB",
+            id="shared memory",
         ),
     ],
 )
