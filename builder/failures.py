@@ -65,6 +65,11 @@ _BEFORE_IMAGE = r"(?:.*initializing source docker://)?"  # what buildah says fir
 
 # The first that matches names the failure: what a machine ran out of comes before what failed because of that.
 _RULES = (
+    _rule(  # and whatever that one ran out of is told with it
+        rf"^{_BEFORE_IMAGE}(.*: the build of this image has failed \(.*)$",
+        "base image not found or not readable: {0}",
+        _MAX_CAUSE,
+    ),
     _rule(
         r"^(.*(?:no space left on device|disk quota exceeded|file size limit exceeded|file too large).*)$",
         "no space: the build filled the disk space that it has ({0}); install less, or raise [build] disk",
@@ -105,6 +110,7 @@ _RULES = (
         r"|no match for argument).*)$",
         "unsatisfiable packages: {0}; check the packages' names, versions and channels",
     ),
+    _rule(r"^network: (.*)$", "no network: {0}"),
     # What wave-proxy says of its own accord has the remedy in it: a name that is not resolved needs no other login.
     _rule(
         rf"^{_BEFORE_IMAGE}(.*(?:this machine can't resolve|no answer from|no connection to|did not answer within"

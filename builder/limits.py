@@ -222,9 +222,20 @@ def _bytes_in_memory_files(pids: Iterable[int]) -> int:
             for device, place in _memory_mounts(pid):
                 if device not in known:
                     known.add(device)
-                    status = os.statvfs(place)
-                    total += (status.f_blocks - status.f_bfree) * status.f_frsize
+                    total += stored_bytes(device, place)
     return total
+
+
+def stored_bytes(device: bytes, place: bytes) -> int:
+    """What a file system holds; 0 when another one is found there: the process has another root now. Raises OSError."""
+    opened = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    try:
+        major, minor = map(int, device.split(b":"))
+        status = os.fstatvfs(opened)
+        held = (status.f_blocks - status.f_bfree) * status.f_frsize
+        return held if os.fstat(opened).st_dev == os.makedev(major, minor) else 0
+    finally:
+        os.close(opened)
 
 
 def _memory_mounts(pid: int) -> Iterator[tuple[bytes, bytes]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from builder.cgroup import Cgroup, Parent, find_parents, remove_leftovers
-from builder.limits import Limits, exceeded, usage
+from builder.limits import Limits, exceeded, stored_bytes, usage
 
 
 class Kernel:
@@ -175,6 +175,14 @@ def test_what_a_family_uses_is_counted_whole() -> None:
         process.communicate()
     assert used.processes == 2
     assert 110_000_000 < used.memory < 160_000_000
+
+
+def test_a_disk_in_the_place_of_a_memory_file_system_is_not_memory(tmp_path: Path) -> None:
+    """A process may have changed its root since its mounts were read."""
+    status = tmp_path.stat()
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}".encode()
+    assert stored_bytes(device, bytes(tmp_path)) > 0
+    assert stored_bytes(b"0:999999", bytes(tmp_path)) == 0
 
 
 def test_limits_are_said_as_people_read_them() -> None:

@@ -54,6 +54,18 @@ BUILDAH = 'error building at STEP "RUN {0}": error while running runtime: exit s
         ),
         ('checking on sources under "/c": copier: stat: "/nosuch": no such file or directory', 125, "missing file"),
         (
+            "manifest unknown: the build of this image has failed (bd-1_1): out of memory: the build used 4 GB\n"
+            "Its log ends with:\n>> failed: out of memory: the build used 4 GB",
+            125,
+            "base image not found or not readable: manifest unknown: the build of this image has failed (bd-1_1): out",
+        ),
+        (
+            "network: this machine can't resolve nosuch.org: Name or service not known\n"
+            'Error: building at STEP "ADD https://nosuch.org/x /x": Bad Gateway',
+            125,
+            "no network: this machine can't resolve nosuch.org: Name",
+        ),
+        (
             'network: refused by wave-proxy: 169.254.169.254:80 is private; add "x" to [build]\nfailed to solve',
             1,
             "network refused: 169.254.169.254:80 is private; add",
