@@ -69,6 +69,8 @@ def test_an_index_is_read_as_it_is(tmp_path: Path) -> None:
         ("two images", "exactly one image"),
         ("manifest", "is another one"),
         ("linked manifest", "can't be read"),
+        ("linked folder", "can't be read"),
+        ("linked layout", "not an OCI image layout"),
         ("pipe", "not a regular file"),
         ("blob size", "the manifest says"),
         ("blob missing", "can't be read"),
@@ -89,6 +91,12 @@ def test_broken_layout_is_refused(layout: Path, change: str, message: str) -> No
         case "linked manifest":
             (blobs / IMAGE.digest[7:]).rename(layout / "elsewhere")
             (blobs / IMAGE.digest[7:]).symlink_to(layout / "elsewhere")
+        case "linked folder":
+            blobs.rename(layout / "elsewhere")
+            blobs.symlink_to(layout / "elsewhere")
+        case "linked layout":
+            layout.rename(layout.with_name("elsewhere"))
+            layout.symlink_to(layout.with_name("elsewhere"))
         case "pipe":
             (blobs / IMAGE.digest[7:]).unlink()
             os.mkfifo(blobs / IMAGE.digest[7:])

@@ -26,6 +26,8 @@ from wave_proxy.image.oci import (
 )
 
 _STEP = 1 << 18
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAX_DEPTH = 2  # an index of images
 
 
@@ -46,7 +48,7 @@ def read_layout(layout: Path) -> Content:
     Reads the disk. Raises ContentMismatch, UpstreamError. Source: image-spec image-layout.md.
     """
     try:
-        index = read_json_object(_read_small(layout / "index.json"), "index.json")
+        index = read_json_object(_read_small(layout, "index.json"), "index.json")
     except OSError as err:
         raise UpstreamError(f"{layout.name} is not an OCI image layout: {err.strerror}") from None
     match index.get("manifests"):
@@ -104,7 +106,7 @@ def _read_content(layout: Path, digest: str, media_type: Any, depth: int) -> Con
 def read_blob(layout: Path, digest: str) -> bytes:
     """A manifest or config out of a layout, checked against its digest. Raises ContentMismatch."""
     try:
-        content = _read_small(_blob_path(layout, digest))
+        content = _read_small(layout, *_blob_path(digest))
     except OSError as err:
         raise ContentMismatch(f"{digest} can't be read: {err.strerror}") from None
     if not matches(content, digest):
@@ -112,28 +114,38 @@ def read_blob(layout: Path, digest: str) -> bytes:
     return content
 
 
-def _read_small(path: Path) -> bytes:
-    with _open(path) as file:
+def _read_small(layout: Path, *path: str) -> bytes:
+    with _open(layout, *path) as file:
         return file.read(MAX_MANIFEST_BYTES + 1)[:MAX_MANIFEST_BYTES]
 
 
-def _open(path: Path) -> BinaryIO:
-    """Who made the layout may have put anything into it: a link, or a pipe that nobody writes to."""
-    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115 - the caller's
+def _open(layout: Path, *path: str) -> BinaryIO:
+    """Who made the layout may have put anything into it: links, also for folders, or a pipe that nobody writes to."""
+    folders, name = path[:-1], path[-1]
+    opened = os.open(layout, _FOLDER)
+    try:
+        for folder in folders:
+            inner = os.open(folder, _FOLDER, dir_fd=opened)
+            os.close(opened)
+            opened = inner
+        file = open(os.open(name, _FILE, dir_fd=opened), "rb")  # noqa: SIM115 - the caller's
+    finally:
+        os.close(opened)
     if not S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(EINVAL, "not a regular file")
     return file
 
 
-def _blob_path(layout: Path, digest: str) -> Path:
+def _blob_path(digest: str) -> tuple[str, str, str]:
     algorithm, _, name = parse_digest(digest).partition(":")
-    return layout / "blobs" / algorithm / name
+    return "blobs", algorithm, name
 
 
 def _check_size(layout: Path, blob: Descriptor) -> None:
     try:
-        size = _blob_path(layout, blob.digest).lstat().st_size
+        with _open(layout, *_blob_path(blob.digest)) as file:
+            size = os.fstat(file.fileno()).st_size
     except OSError as err:
         raise ContentMismatch(f"blob {blob.digest} can't be read: {err.strerror}") from None
     if size != blob.size:
@@ -142,7 +154,7 @@ def _check_size(layout: Path, blob: Descriptor) -> None:
 
 async def read_blob_file(layout: Path, digest: str, start: int) -> AsyncIterator[bytes]:
     """A blob's bytes from ``start`` on. Raises OSError."""
-    with _open(_blob_path(layout, digest)) as file:
+    with _open(layout, *_blob_path(digest)) as file:
         file.seek(start)
         while chunk := await asyncio.to_thread(file.read, _STEP):
             yield chunk
