@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from secrets import token_hex
+from socket import create_server
 from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Literal, Self
@@ -16,6 +17,7 @@ from urllib.parse import parse_qs, urlencode
 from aiohttp import web
 
 from bench.images import Blob, Image
+from bench.listening import listening
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags)/(?P<reference>[^/]+)")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
@@ -192,16 +194,14 @@ class Upstream:
 
     async def _serve(self, started: "Future[int]") -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
         try:
-            await runner.setup()
-            await web.TCPSite(runner, self._host, self._port).start()
+            listener = create_server((self._host, self._port))
         except OSError as err:
             started.set_exception(err)
             return
-        started.set_result(runner.addresses[0][1])
-        await self._stopping.wait()
-        await runner.cleanup()
+        async with listening(self._handle, listener):
+            started.set_result(listener.getsockname()[1])
+            await self._stopping.wait()
 
     # --- answering -----------------------------------------------------------------------------------------------
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
+from socket import create_server
 from typing import Any
 
 from aiohttp import web
 
 from bench.images import Image
+from bench.listening import listening
 
 
 def write_layout(folder: Path, image: Image) -> Path:
@@ -155,12 +157,7 @@ class Target:
 async def target(**members: Any) -> AsyncIterator[Target]:
     """A Target that listens on loopback; Locations are relative unless ``absolute`` says otherwise."""
     told = Target(**members)
-    runner = web.ServerRunner(web.Server(told.handle, access_log=None), shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    told.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
+    listener = create_server(("127.0.0.1", 0))
+    told.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    async with listening(told.handle, listener):
         yield told
-    finally:
-        await runner.cleanup()
-        await asyncio.sleep(0)

@@ -445,7 +445,10 @@ class TestBuildah:
     async def test_a_build_that_is_cancelled_ends_at_once(self, shop: Workshop) -> None:
         job = shop.job("FROM busybox\nRUN sleep 4242.4242\n")
         task = asyncio.create_task(shop.engine.build(job))
-        await until_there("sleep 4242.4242")
+        begun = asyncio.create_task(until_there("sleep 4242.4242"))
+        await asyncio.wait({task, begun}, return_when=asyncio.FIRST_COMPLETED)
+        assert not task.done(), (task, shop.log_of(job))
+        await begun
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

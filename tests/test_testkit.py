@@ -1,5 +1,6 @@
 """The test kit itself: images are what they say, the upstream misbehaves exactly as told."""
 
+import gc
 import gzip
 import io
 import json
@@ -9,7 +10,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from http.client import IncompleteRead
 from pathlib import Path
-from socket import AF_UNIX, socket
+from socket import AF_UNIX, create_connection, socket
 from threading import Timer
 
 import pytest
@@ -341,6 +342,17 @@ def test_stop_ends_stalled_answers(upstream: Start) -> None:
         get(server, PATH)
     timer.join()
     assert caught.value.partial == LAYER.content[:10]
+
+
+def test_stop_leaves_no_connection_of_a_client_that_does_not_read(upstream: Start) -> None:
+    server, big = upstream(), blob(bytes(64 << 20))
+    server.add_blob("lib/hello", big)
+    with create_connection((server.address.split(":")[0], int(server.address.split(":")[1]))) as client:
+        client.sendall(f"GET /v2/lib/hello/blobs/{big.digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert client.recv(1) == b"H"
+        server.stop()
+        gc.collect()  # tells of a transport that was not closed, and a warning is an error
+        assert sum(iter(lambda: len(client.recv(1 << 20)), 0)) < big.size
 
 
 def test_fails_for_so_many_requests(hello: Upstream) -> None:

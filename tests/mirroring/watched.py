@@ -12,6 +12,8 @@ from typing import Self
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
+from bench.listening import listening
+
 _UPLOAD = re.compile(r"/v2/(.+)/blobs/uploads/")
 _MANIFEST = re.compile(r"/v2/(.+)/manifests/(.+)")
 _STEP = 1 << 14
@@ -111,18 +113,17 @@ class Watched:
 
     async def _serve(self, started: "Future[int]") -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
-        runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
-        await runner.setup()
         listener = socket()
         listener.setsockopt(SOL_SOCKET, SO_RCVBUF, _STEP)  # what is held back here the client still has
         listener.bind(("127.0.0.1", 0))
-        await web.SockSite(runner, listener).start()
         timeout = ClientTimeout(total=None)
-        async with ClientSession(timeout=timeout, auto_decompress=False, connector=TCPConnector(limit=0)) as session:
+        async with (
+            ClientSession(timeout=timeout, auto_decompress=False, connector=TCPConnector(limit=0)) as session,
+            listening(self._handle, listener),
+        ):
             self._session = session
-            started.set_result(runner.addresses[0][1])
+            started.set_result(listener.getsockname()[1])
             await self._ended.wait()
-            await runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
