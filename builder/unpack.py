@@ -43,12 +43,12 @@ def unpack(archive: Path, folder: Path, tar_digest: str, max_bytes: int, stopped
     with open(archive, "rb") as file:
         plain = _Tar(file, max_bytes, stopped)
         try:
-            _Unpacker(folder).unpack(plain)
+            _Unpacker(folder, max_bytes).unpack(plain)
             plain.check(tar_digest)
         except (tarfile.TarError, EOFError, ValueError, zlib.error) as err:
             raise ContextInvalid(f"it is no tar.gz: {err}") from None
         except OSError as err:
-            raise _translate(err) from None
+            raise _translate(err, folder) from None
 
 
 def check_tar(archive: Path, tar_digest: str, max_bytes: int, stopped: Callable[[], bool]) -> None:
@@ -60,10 +60,15 @@ def check_tar(archive: Path, tar_digest: str, max_bytes: int, stopped: Callable[
             raise ContextInvalid(f"a layer is no tar.gz: {err}") from None
 
 
-def _translate(err: OSError) -> BuildFailed:
+def _translate(err: OSError, folder: Path) -> BuildFailed:
     if err.errno is None:  # gzip's own
         return ContextInvalid(f"it is no tar.gz: {err}")
-    return ContextInvalid(f"{err.strerror}{f': {err.filename}' if err.filename else ''}")
+    name = os.path.relpath(err.filename, folder) if err.filename else ""
+    return ContextInvalid(f"{err.strerror}{f': {_shown(name)}' if name else ''}")
+
+
+def _too_large(max_bytes: int) -> ContextInvalid:
+    return ContextInvalid(f"it unpacks to more than {max_bytes} bytes")
 
 
 class _Tar(RawIOBase):
@@ -86,7 +91,7 @@ class _Tar(RawIOBase):
             self._hash.update(part)
             self._position += len(part)
             if self._position > self._max_bytes:
-                raise ContextInvalid(f"it unpacks to more than {self._max_bytes} bytes")
+                raise _too_large(self._max_bytes)
         return b"".join(parts)
 
     def tell(self) -> int:
@@ -125,8 +130,10 @@ class _Stoppable:
 class _Unpacker:
     """Makes every folder, file and link itself, and goes through none that is a link."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
+        self._max_bytes = max_bytes
+        self._written = 0
         self._folders = {PurePosixPath(".")}
         self._files: set[PurePosixPath] = set()
         self._times: list[tuple[Path, float]] = []
@@ -192,6 +199,9 @@ class _Unpacker:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with open(os.open(self._folder / name, flags, 0o600), "wb") as file:
             while chunk := content.read(_STEP):
+                self._written += len(chunk)
+                if self._written > self._max_bytes:  # its holes are not in the archive
+                    raise _too_large(self._max_bytes)
                 file.write(chunk)
         self._files.add(name)
         self._finish(name, member, 0o600)

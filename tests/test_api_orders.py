@@ -316,7 +316,7 @@ def test_singularity_is_named_and_not_built_yet(api: ApiServer, registry: Upstre
                 },
             },
             400,
-            "gzipDigest is",
+            "buildContext: gzipDigest is",
             id="context",
         ),
     ],

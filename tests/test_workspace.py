@@ -155,6 +155,7 @@ def test_what_leads_out_or_is_no_file_is_refused(tmp_path: Path, entries: list[E
     with pytest.raises(ContextInvalid, match=message) as caught:
         unpacked(tmp_path, *entries)
     assert "\n" not in caught.value.reason
+    assert str(tmp_path) not in caught.value.reason
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar.gz", "out"}
 
 
@@ -162,6 +163,23 @@ def test_more_bytes_than_allowed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ContextInvalid, match="more than 1000000 bytes"):
         unpacked(tmp_path, entry("zeros", bytes(5_000_000)), max_bytes=1_000_000)
     assert (tmp_path / "out" / "zeros").stat().st_size <= 1_300_000
+
+
+def test_holes_count_as_what_they_unpack_to(tmp_path: Path) -> None:
+    """A GNU sparse file of 100 GiB, of which 512 bytes are in the archive."""
+    info = tarfile.TarInfo("sparse")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"\x80" + (100 << 30).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    plain = bytes(header) + b"x" * 512 + bytes(1024)
+    (tmp_path / "a").write_bytes(compress(plain))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ContextInvalid, match="more than 1000000 bytes"):
+        unpack(tmp_path / "a", tmp_path / "out", digest_of(plain), 1_000_000, lambda: False)
+    assert (tmp_path / "out" / "sparse").stat().st_size <= 1_300_000
 
 
 def test_more_entries_than_allowed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

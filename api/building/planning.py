@@ -142,7 +142,8 @@ class Planner:
         """
         carried = (*spec.layers, *((spec.context,) if spec.context else ()))
         try:
-            kept = await self._tokens.keep_layers(carried, self._defaults.kept_s)
+            names = {len(spec.layers): "buildContext"}
+            kept = await self._tokens.keep_layers(carried, self._defaults.kept_s, names)
         except ContentMismatch as err:  # the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
         written = [parse_reference(name) for name in (spec.cache_repository, spec.target_image) if name]

@@ -155,12 +155,14 @@ class TokenStore:
             await pipe.execute()
         return token
 
-    async def keep_layers(self, layers: tuple[Layer, ...], keep_s: float) -> tuple[Layer, ...]:
+    async def keep_layers(
+        self, layers: tuple[Layer, ...], keep_s: float, names: Mapping[int, str] | None = None
+    ) -> tuple[Layer, ...]:
         """Keep the inline ones of these layers apart, for ``find_layer``; returns all as a record may hold them.
 
-        Raises as ``put``.
+        ``names`` are the fields of those that are not the request's layers, by their position. Raises as ``put``.
         """
-        kept, contents = await asyncio.to_thread(_take_out, layers)
+        kept, contents = await asyncio.to_thread(_take_out, layers, names)
         if contents:
             async with answered(), self._redis.pipeline(transaction=True) as pipe:
                 for digest, content in contents.items():
@@ -286,7 +288,9 @@ class TokenStore:
         return source.decode() if source else None
 
 
-def _take_out(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], dict[str, bytes]]:
+def _take_out(
+    layers: tuple[Layer, ...], names: Mapping[int, str] | None = None
+) -> tuple[tuple[Layer, ...], dict[str, bytes]]:
     """The layers as they are recorded, and the gzip bytes of the inline ones by digest."""
     kept: list[Layer] = []
     contents: dict[str, bytes] = {}
@@ -299,7 +303,8 @@ def _take_out(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], dict[str, b
                 if stored > MAX_INLINE_BYTES:
                     raise RequestInvalid(f"all inline layers together may have {MAX_INLINE_BYTES} bytes at most")
             except (ContentMismatch, RequestInvalid) as err:
-                raise type(err)(f"containerConfig.layers[{position}]: {err}") from None
+                name = (names or {}).get(position) or f"containerConfig.layers[{position}]"
+                raise type(err)(f"{name}: {err}") from None
             left -= cost
             contents[layer.gzip_digest] = content
             layer = replace(layer, location=_STORED)
