@@ -134,6 +134,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     registries = Registries(_registry(settings, egress, stack), credentials, local, platforms)
     identities = Identities(AccessTokens(redis), platforms, anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
+    sizes = Sizes(tokens, anonymous=settings.tokens.bytes_anonymous, identified=settings.tokens.bytes_identified)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
     secret = await obtain_secret(redis)
@@ -144,10 +145,10 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
         identities,
         accounts,
         _open_hosts(endpoints),
-        _orders(settings, redis, Planner(registries, tokens, _defaults(settings), secret), builds, usage, stack),
+        _orders(settings, redis, Planner(registries, tokens, _defaults(settings), secret), builds, usage, sizes, stack),
         scans,
         _mirroring(settings, registries, builds, usage, secret),
-        Sizes(tokens, anonymous=settings.tokens.bytes_anonymous, identified=settings.tokens.bytes_identified),
+        sizes,
         public_url=settings.public_url,
         lifetime_s=settings.tokens.lifetime,
         max_body_bytes=settings.http.max_body_bytes,
@@ -248,7 +249,13 @@ def _mirroring(
 
 
 def _orders(
-    settings: Settings, redis: Redis, planner: Planner, builds: BuildStore, usage: Usage, stack: AsyncExitStack
+    settings: Settings,
+    redis: Redis,
+    planner: Planner,
+    builds: BuildStore,
+    usage: Usage,
+    sizes: Sizes,
+    stack: AsyncExitStack,
 ) -> Orders:
     quotas = Quotas(
         redis,
@@ -262,7 +269,7 @@ def _orders(
     )
     stack.push_async_callback(quotas.close)
     stack.push_async_callback(cancel, asyncio.create_task(quotas.run()))
-    return Orders(builds, planner, quotas, usage, enabled=settings.build.engine != "none")
+    return Orders(builds, planner, quotas, usage, sizes, enabled=settings.build.engine != "none")
 
 
 def _platforms(

@@ -252,9 +252,9 @@ class Containers:
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
-        await self._sizes.admit(submission.config, identity.email, ip_address)
-        wanted, built = await self._resolve(submission, identity, ip_address)
-        token, told = await self._record(wanted)
+        async with self._sizes.admitted(submission.config, identity.email, ip_address):
+            wanted, built = await self._resolve(submission, identity, ip_address)
+            token, told = await self._record(wanted)
         return submitted(token, told, self._authority, legacy=legacy, built=built)
 
     async def _resolve(

@@ -40,7 +40,7 @@ class CredentialChecks:
     def __init__(self, logins: LoginChecks, *, max_body_bytes: int) -> None:
         self._logins = logins
         self._max_body_bytes = max_body_bytes
-        self._attempts = Attempts("checks of credentials", _PER_MINUTE)
+        self._attempts = Attempts("checks of credentials from this address", _PER_MINUTE)
         self.routes = routes_of(self)
 
     @endpoint("POST", "/v1alpha2/validate-creds", _GROUP, _ANSWERS, body=CredentialsSpec)

@@ -4,9 +4,10 @@ from api.answers import Outcome
 from api.building.planning import Planner
 from api.rules import NO_SINGULARITY, not_enabled
 from api.schema import Submission
+from api.sizes import Sizes
 from wave_proxy.errors import NotImplementedHere
 from wave_proxy.image.build import BuildRecord, BuildSpec
-from wave_proxy.image.request import ContainerRequest
+from wave_proxy.image.request import ContainerConfig, ContainerRequest
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.usage import Usage
@@ -21,6 +22,7 @@ class Orders:
         planner: Planner,
         quotas: Quotas,
         usage: Usage,
+        sizes: Sizes,
         *,
         enabled: bool = True,
     ) -> None:
@@ -28,6 +30,7 @@ class Orders:
         self._planner = planner
         self._quotas = quotas
         self._usage = usage
+        self._sizes = sizes
         self._enabled = enabled
 
     async def plan(self, request: Submission, wanted: ContainerRequest) -> BuildSpec:
@@ -61,11 +64,15 @@ class Orders:
 
     async def _submit(self, spec: BuildSpec, gone: str) -> tuple[BuildRecord, bool]:
         async def admit() -> None:
-            subject = subject_of("build", spec.identity.email, spec.ip_address)
-            if not self._quotas.try_admit(subject):
-                await self._quotas.admit(subject)
+            email, address = spec.identity.email, spec.ip_address
+            context = ContainerConfig(layers=(spec.context,) if spec.context else ())
+            async with self._sizes.admitted(context, email, address):
+                subject = subject_of("build", email, address)
+                if not self._quotas.try_admit(subject):
+                    await self._quotas.admit(subject)
+                await self._planner.keep(contents)
 
-        kept = await self._planner.keep(spec)
+        kept, contents = await self._planner.unpack(spec)
         record, is_new = await self._builds.submit(kept, admit, gone=gone)
         if is_new:
             self._usage.count_job("builds", spec.identity.email, spec.platform)

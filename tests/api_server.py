@@ -117,7 +117,7 @@ class ApiServer:
             frozenset(self._endpoints), frozenset(address_of(endpoint.url) for endpoint in self._endpoints.values())
         )
         tokens, builds = TokenStore(redis), BuildStore(redis, BuildLimits(4))
-        usage, quotas = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0)
+        usage, quotas, sizes = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0), Sizes(tokens, **self._sizes)
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
         planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
@@ -129,10 +129,10 @@ class ApiServer:
             identities,
             self._accounts,
             hosts,
-            Orders(builds, planner, quotas, usage, enabled=self._builds),
+            Orders(builds, planner, quotas, usage, sizes, enabled=self._builds),
             scans,
             Mirroring(builds, registries, usage, MirrorPlaces(AUTHORITY, (self._build_repository,)), timeout_s=60.0),
-            Sizes(tokens, **self._sizes),
+            sizes,
             public_url=f"http://{AUTHORITY}",
             lifetime_s=self._lifetime_s,
             max_body_bytes=self._max_body_bytes,

@@ -497,10 +497,21 @@ def test_what_requests_take_of_memory_is_limited(tmp_path: Path, registry: Upstr
         refused = api.post(containerImage=base)
         assert refused.status == 429
         assert "too many bytes of container requests" in refused.json()["message"]
-        assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+        assert refused.headers["Retry-After"] == "60"  # clients sleep for as long as it says
+        assert 3500 < int(refused.headers["RateLimit-Reset"]) <= 3600
         token = issue(redis_url, "ada@example.org")
         settings: dict[str, Any] = {"env": [f"A={'x' * 4000}"], "cmd": ["y" * 4000]}
         answers = [
             api.post(containerImage=base, containerConfig=settings, towerAccessToken=token).status for _ in range(4)
         ]
         assert answers == [200, 200, 200, 429]
+
+
+def test_what_is_refused_takes_no_memory(tmp_path: Path, registry: Upstream, base: str) -> None:
+    lying = {**layer({"a": "x"}).inline(), "gzipSize": 10_000_000}
+    sizes = {"anonymous": 5000}
+    with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address], sizes=sizes) as api:
+        for refused in (with_layers(base, lying), {"containerImage": f"{base}-none"}):
+            for _ in range(6):
+                assert api.post(**refused).status == 400
+        assert api.post(containerImage=base).status == 200

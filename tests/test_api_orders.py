@@ -4,11 +4,12 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.images import image, layer
+from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.servers import redis_server
@@ -356,6 +357,25 @@ def test_builds_over_the_limit_are_refused(redis: str, registry: Upstream) -> No
         assert int(refused.headers["retry-after"]) > 0
         assert "Request exceeded build rate limit for IP 127.0.0.1" in refused.json()["message"]
         assert api.post(**dockerfile("FROM base\nRUN three\n"), dryRun=True).status == 200
+
+
+async def test_contexts_of_builds_that_are_refused_are_not_kept(tmp_path: Path, registry: Upstream) -> None:
+    def asked(number: int) -> dict[str, Any]:
+        context = layer({"context": random_blob(10_000, seed=number)})
+        return {**dockerfile("FROM base\nCOPY context /\n"), "buildContext": context.inline()}
+
+    repository, quotas = f"{registry.address}/contexts/dev", {("build", False): Limit(2, 3600.0)}
+    with redis_server(tmp_path) as redis:
+        with ApiServer(redis, upstreams=[registry.address], build_repository=repository, quotas=quotas) as api:
+            assert [api.post(**asked(number)).status for number in (1, 2, 3, 1, 4)] == [200, 200, 429, 200, 429]
+        sizes = {"anonymous": 20_000}
+        with ApiServer(redis, upstreams=[registry.address], build_repository=repository, sizes=sizes) as api:
+            assert [api.post(**asked(number)).status for number in (1, 5, 6, 7, 1)] == [200, 200, 200, 429, 429]
+        client = connect(redis)
+        try:
+            assert len(await client.keys("wave:layer:*")) == 4
+        finally:
+            await client.aclose()
 
 
 async def test_builds_are_counted_when_they_begin(redis: str, registry: Upstream) -> None:

@@ -263,7 +263,9 @@ async def test_link_of_the_context_is_not_written_through(tmp_path: Path, redis:
 
 async def test_context_comes_from_the_state_store(tmp_path: Path, redis: Redis) -> None:
     layer = layer_of(tar(entry("a", b"kept")))
-    (kept,) = await TokenStore(redis).keep_layers((layer,), 60)
+    store = TokenStore(redis)
+    (kept,), contents = await store.take_out((layer,))
+    await store.keep(contents, 60)
     assert kept.location == "data:"
     async with workspaces_at(tmp_path, redis) as workspaces, workspaces.open(record_of()) as workspace:
         await workspaces.fill(workspace, record_of(context=kept))

@@ -1,6 +1,7 @@
 """From a container request to what is built: texts, repository, names and id (``wave.md`` §4.8 and 4.9)."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from api.building.freeze import base_of, entrypoint_of, frozen
@@ -135,21 +136,25 @@ class Planner:
             )
         return asked or private_repository(local, identity.key)
 
-    async def keep(self, spec: BuildSpec) -> BuildSpec:
-        """The spec with its inline layers and context kept apart, for the builder to find, and the user's own logins.
+    async def unpack(self, spec: BuildSpec) -> tuple[BuildSpec, Mapping[str, bytes]]:
+        """The spec with the user's own logins and without what it carries; and that, by digest, for ``keep``.
 
-        Raises RequestInvalid for those that are not what they say, PlatformError.
+        Raises RequestInvalid for inline layers and contexts that are not what they say, PlatformError.
         """
         carried = (*spec.layers, *((spec.context,) if spec.context else ()))
         try:
             names = {len(spec.layers): "buildContext"}
-            kept = await self._tokens.keep_layers(carried, self._defaults.kept_s, names)
+            kept, contents = await self._tokens.take_out(carried, names)
         except ContentMismatch as err:  # the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
         written = [parse_reference(name) for name in (spec.cache_repository, spec.target_image) if name]
         logins = await self._registries.logins_for(spec.identity, *written)
         context = kept[-1] if spec.context else None
-        return replace(spec, layers=kept[: len(spec.layers)], context=context, logins=logins)
+        return replace(spec, layers=kept[: len(spec.layers)], context=context, logins=logins), contents
+
+    async def keep(self, contents: Mapping[str, bytes]) -> None:
+        """Keep what a spec carries where the builder finds it. Raises StateUnavailable."""
+        await self._tokens.keep(contents, self._defaults.kept_s)
 
     async def find_image(self, spec: BuildSpec) -> str:
         """The digest of the image that a build would make; empty when it is not there.

@@ -285,7 +285,7 @@ class TokenSettings(_Section):
     bytes_anonymous: Size = Field(
         64 * 10**6,
         description="What the container requests of one address may take of Redis' memory in an hour, at each api; "
-        "layers that they carry count once. More are refused with 429.",
+        "layers and build contexts that they carry count once, and what is refused does not. More get 429.",
     )
     bytes_identified: Size = Field(512 * 10**6, description="The same for a known user.")
 

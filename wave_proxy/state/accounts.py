@@ -105,7 +105,7 @@ class Accounts:
             self._hashes[BUILDER] = PasswordHash(hashlib.sha256(builder_secret.encode()).digest())
         self._key = token_bytes(32)
         self._remembered: OrderedDict[bytes, float] = OrderedDict()  # proofs of logins that were right, to their end
-        self._attempts = Attempts("wrong logins")
+        self._attempts = Attempts("wrong logins from this address")
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     def __bool__(self) -> bool:

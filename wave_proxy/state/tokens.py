@@ -155,20 +155,23 @@ class TokenStore:
             await pipe.execute()
         return token
 
-    async def keep_layers(
-        self, layers: tuple[Layer, ...], keep_s: float, names: Mapping[int, str] | None = None
-    ) -> tuple[Layer, ...]:
-        """Keep the inline ones of these layers apart, for ``find_layer``; returns all as a record may hold them.
+    async def take_out(
+        self, layers: tuple[Layer, ...], names: Mapping[int, str] | None = None
+    ) -> tuple[tuple[Layer, ...], Mapping[str, bytes]]:
+        """These layers as a record may hold them, and the gzip bytes of the inline ones by digest, for ``keep``.
 
-        ``names`` are the fields of those that are not the request's layers, by their position. Raises as ``put``.
+        ``names`` are the fields of those that are not the request's layers, by their position. Raises as ``put``, but
+        for StateUnavailable.
         """
-        kept, contents = await asyncio.to_thread(_take_out, layers, names)
+        return await asyncio.to_thread(_take_out, layers, names)
+
+    async def keep(self, contents: Mapping[str, bytes], keep_s: float) -> None:
+        """Keep inline layers for ``find_layer``. Raises StateUnavailable."""
         if contents:
             async with answered(), self._redis.pipeline(transaction=True) as pipe:
                 for digest, content in contents.items():
                     pipe.eval(_KEEP_LAYER, 1, _layer_key(digest), content, max(int(keep_s), 1))
                 await pipe.execute()
-        return kept
 
     async def find_record(self, token: str) -> TokenRecord | None:
         """The record of a token, also after it expired or was deleted; None when there is none (any more)."""
