@@ -24,7 +24,15 @@ from wave_proxy.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from wave_proxy.upstream.egress import Egress, endpoint_for, is_public, parse_url, retry_after_s, unix_session
+from wave_proxy.upstream.egress import (
+    Egress,
+    _resolve,
+    endpoint_for,
+    is_public,
+    parse_url,
+    retry_after_s,
+    unix_session,
+)
 
 CONTENT = blob(random_blob(300_000, seed=1))
 
@@ -553,6 +561,23 @@ async def test_a_bare_connection_is_made_where_that_is_allowed(upstream: Start, 
     assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_strict_connection_goes_to_no_address_of_this_machine(
+    upstream: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many machines have a public address, behind whose firewall they are themselves."""
+    monkeypatch.setattr("wave_proxy.upstream.egress.is_public", lambda _address: True)
+    server = serving(upstream)
+    host, _, port = server.address.partition(":")
+    egress = Egress({})
+    with pytest.raises(AddressRefused):
+        await egress.connect(host, int(port), strict=True)
+    for permitted in ({"strict": False}, {"strict": True, "allow_private": True}):
+        _, writer = await egress.connect(host, int(port), **permitted)
+        writer.close()
+        await writer.wait_closed()
+    assert await _resolve("1.2.3.4", 80, private=False, strict=True) == ["1.2.3.4"]
 
 
 async def test_a_bare_connection_that_fails_says_why() -> None:

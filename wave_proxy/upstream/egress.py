@@ -523,7 +523,7 @@ class Egress:
         """A bare connection, for who speaks something else than our requests; the caller closes it.
 
         It goes to public addresses only, unless ``allow_private`` or, if not ``strict``, the configured registry that
-        is there says other.
+        is there says other; and if ``strict``, to none of this machine's own.
         Raises AddressRefused, HostUnknown, UpstreamUnavailable, UpstreamTimeout, Offline.
         """
         there = self._by_place.get((host.lower(), port))
@@ -533,7 +533,7 @@ class Egress:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 private = allow_private or (there is not None and there.allow_private and not strict)
-                addresses = await _resolve(host, port, private=private)
+                addresses = await _resolve(host, port, private=private, strict=strict)
                 return await _connect_first(addresses, port, ssl=context, server_hostname=host if tls else None)
         except TimeoutError as err:
             raise UpstreamTimeout(f"no connection to {host} within {self._connect_timeout_s:g} s") from err
@@ -560,14 +560,26 @@ def _trust(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-async def _resolve(host: str, port: int, *, private: bool) -> list[str]:
+async def _resolve(host: str, port: int, *, private: bool, strict: bool) -> list[str]:
     """The addresses of a host that may be connected to, in the order to try. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-    allowed = [address for address in addresses if private or is_public(address)]
+    allowed = [
+        address for address in addresses if private or (is_public(address) and not (strict and _is_own(address)))
+    ]
     if not allowed:
         raise _PrivateAddress
     return allowed
+
+
+def _is_own(address: str) -> bool:
+    """Whether an address is one of this machine: what it sends there, it sends from there. Nothing is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))
+        except OSError:  # no way leads there
+            return False
+        return str(probe.getsockname()[0]) == address
 
 
 async def _connect_first(
