@@ -162,6 +162,20 @@ def test_layers_of_a_private_image_in_a_frozen_one(site: Site) -> None:
         assert answer.status == status, answer.body
 
 
+def test_a_build_context_out_of_a_private_image(site: Site) -> None:
+    context = {
+        "location": f"docker://{site.vault}/v2/acme/base/blobs/{SECRET.digest}",
+        "gzipDigest": SECRET.digest,
+        "gzipSize": SECRET.size,
+        "tarDigest": SECRET.diff_id,
+    }
+    file = f"FROM {site.vault}/acme/open:1\nCOPY . /\n"
+    assert f"/local/private/{key_of(ALICE)}/" in site.target(ALICE, file, buildContext=context)
+    for user in (MALLORY, ""):
+        answer = site.build(user, file, buildContext=context)
+        assert (answer.status, "not authorized" in answer.json()["message"]) == (400, True)
+
+
 def test_nobody_builds_into_what_is_anothers(site: Site) -> None:
     theirs = f"{AUTHORITY}/local/private/{key_of(ALICE)}/build"
     answer = site.build(MALLORY, f"FROM {site.vault}/acme/open:1\n", buildRepository=theirs)

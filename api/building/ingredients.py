@@ -21,7 +21,7 @@ _DEPTH = 5  # of images that are named by a token of another such image
 
 
 class Ingredients:
-    """Looks at base images and added layers; ``authority`` is what the names of our own images begin with."""
+    """Looks at base images, added layers and contexts; ``authority`` is what the names of our own images begin with."""
 
     def __init__(self, registries: Registries, tokens: TokenStore, authority: str) -> None:
         self._registries = registries
@@ -33,7 +33,8 @@ class Ingredients:
 
         Raises RequestInvalid for what he may not read, UpstreamUnavailable, PlatformError.
         """
-        images = await asyncio.to_thread(_bases_of, spec) | _sources_of(spec.layers)
+        added = (*spec.layers, *((spec.context,) if spec.context else ()))
+        images = await asyncio.to_thread(_bases_of, spec) | _sources_of(added)
         found = [await self._is_private(spec.identity, image) for image in images]
         return any(found)
 
