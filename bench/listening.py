@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 from aiohttp import web
 
+_TURNS = 5  # of the event loop, until what is accepted is a connection
+
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -27,6 +29,10 @@ async def listening(handle: Handler, listener: socket) -> AsyncIterator[None]:
         await web.SockSite(runner, listener).start()
         yield
     finally:
+        # The event loop loses a connection that it has accepted, but made no transport for, when its server is closed.
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         await runner.cleanup()
         for transport in transports:
             transport.abort()  # one that is only closed stays open for as long as its client does not read
