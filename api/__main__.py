@@ -134,7 +134,7 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     registries = Registries(_registry(settings, egress, stack), credentials, local, platforms)
     identities = Identities(AccessTokens(redis), platforms, anonymous=settings.access.anonymous)
     tokens = TokenStore(redis, settings.tokens.retention, settings.tokens.max_lifetime)
-    sizes = Sizes(tokens, anonymous=settings.tokens.bytes_anonymous, identified=settings.tokens.bytes_identified)
+    sizes = Sizes(anonymous=settings.tokens.bytes_anonymous, identified=settings.tokens.bytes_identified)
     builds, usage = _builds(settings.build, redis), _usage(redis, stack)
     reports = ScanReports(redis, settings.build.log_retention)
     secret = await obtain_secret(redis)

@@ -252,15 +252,15 @@ class Containers:
         claims = claims_of(submission, submission.workflow_id)
         identity = await self._identities.identify(claims, authorization)
         check_known(submission, identity)
-        async with self._sizes.admitted(submission.config, identity.email, ip_address):
-            wanted, built = await self._resolve(submission, identity, ip_address)
+        self._sizes.check(identity.email, ip_address)
+        wanted = await self._read(submission, identity, ip_address)
+        with self._sizes.admitted(await self._tokens.cost(wanted), identity.email, ip_address):
+            wanted, built = await self._resolve(submission, wanted)
             token, told = await self._record(wanted)
         return submitted(token, told, self._authority, legacy=legacy, built=built)
 
-    async def _resolve(
-        self, submission: Submission, identity: Identity, ip_address: str
-    ) -> tuple[ContainerRequest, Outcome | None]:
-        """What is recorded for a submission, its image known to exist or being built; and what came of its build."""
+    async def _read(self, submission: Submission, identity: Identity, ip_address: str) -> ContainerRequest:
+        """What is asked for, with the layers of included images, and the image as it is called there."""
         platforms = parse_platforms(submission.container_platform) if submission.container_platform else ()
         includes, is_built = tuple(submission.container_includes or ()), wants_build(submission)
         if (includes or is_built) and not platforms:
@@ -268,7 +268,7 @@ class Containers:
             platforms = (LINUX_AMD64,)
         config = _with_layers(submission.config, await self._include(includes, platforms, identity))
         now = time()
-        wanted = ContainerRequest(
+        return ContainerRequest(
             image=submission.container_image or "",
             config=config,
             platforms=tuple(str(platform) for platform in platforms),
@@ -283,9 +283,16 @@ class Containers:
             created=now,
             expires=now + self._lifetime_s,
         )
+
+    async def _resolve(
+        self, submission: Submission, wanted: ContainerRequest
+    ) -> tuple[ContainerRequest, Outcome | None]:
+        """What is recorded for a request, its image known to exist or being built; and what came of its build."""
         if submission.mirror:
             return await self._mirror(submission, wanted)
-        return await self._order(submission, wanted) if is_built else (await self._check_image(wanted), None)
+        if wants_build(submission):
+            return await self._order(submission, wanted)
+        return await self._check_image(wanted), None
 
     async def _check_image(self, wanted: ContainerRequest) -> ContainerRequest:
         """The same with its image's whole name, which exists."""

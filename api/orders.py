@@ -7,7 +7,7 @@ from api.schema import Submission
 from api.sizes import Sizes
 from wave_proxy.errors import NotImplementedHere
 from wave_proxy.image.build import BuildRecord, BuildSpec
-from wave_proxy.image.request import ContainerConfig, ContainerRequest
+from wave_proxy.image.request import ContainerRequest
 from wave_proxy.state.builds import BuildStore
 from wave_proxy.state.quota import Quotas, subject_of
 from wave_proxy.state.usage import Usage
@@ -65,8 +65,7 @@ class Orders:
     async def _submit(self, spec: BuildSpec, gone: str) -> tuple[BuildRecord, bool]:
         async def admit() -> None:
             email, address = spec.identity.email, spec.ip_address
-            context = ContainerConfig(layers=(spec.context,) if spec.context else ())
-            async with self._sizes.admitted(context, email, address):
+            with self._sizes.admitted(await self._planner.cost(spec), email, address):
                 subject = subject_of("build", email, address)
                 if not self._quotas.try_admit(subject):
                     await self._quotas.admit(subject)

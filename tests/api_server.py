@@ -117,7 +117,7 @@ class ApiServer:
             frozenset(self._endpoints), frozenset(address_of(endpoint.url) for endpoint in self._endpoints.values())
         )
         tokens, builds = TokenStore(redis), BuildStore(redis, BuildLimits(4))
-        usage, quotas, sizes = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0), Sizes(tokens, **self._sizes)
+        usage, quotas, sizes = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0), Sizes(**self._sizes)
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
         planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))

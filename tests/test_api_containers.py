@@ -490,7 +490,7 @@ def test_large_layers_are_taken(api: ApiServer, base: str, tmp_path: Path) -> No
 
 def test_what_requests_take_of_memory_is_limited(tmp_path: Path, registry: Upstream, base: str) -> None:
     large = layer({"large": random_blob(200_000, seed=3)})
-    sizes = {"anonymous": large.size + 3000, "identified": 20_000}
+    sizes = {"anonymous": large.size + 2000, "identified": 20_000}
     with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address], sizes=sizes) as api:
         for _ in range(3):  # it is there after the first
             assert api.post(**with_layers(base, large.inline())).status == 200
@@ -505,6 +505,15 @@ def test_what_requests_take_of_memory_is_limited(tmp_path: Path, registry: Upstr
             api.post(containerImage=base, containerConfig=settings, towerAccessToken=token).status for _ in range(4)
         ]
         assert answers == [200, 200, 200, 429]
+
+
+def test_layers_of_included_images_take_memory_too(tmp_path: Path, registry: Upstream, base: str) -> None:
+    registry.add("lib/many", image([layer({f"file{number}": "x"}) for number in range(40)]), "v1")
+    included = f"{registry.address}/lib/many:v1"
+    sizes = {"anonymous": 15_000}
+    with redis_server(tmp_path) as redis_url, ApiServer(redis_url, upstreams=[registry.address], sizes=sizes) as api:
+        answers = [api.post(containerImage=base, containerIncludes=[included]).status for _ in range(3)]
+    assert answers == [200, 200, 429]
 
 
 def test_what_is_refused_takes_no_memory(tmp_path: Path, registry: Upstream, base: str) -> None:

@@ -152,6 +152,11 @@ class Planner:
         context = kept[-1] if spec.context else None
         return replace(spec, layers=kept[: len(spec.layers)], context=context, logins=logins), contents
 
+    async def cost(self, spec: BuildSpec) -> int:
+        """How many bytes it takes to keep a spec with its context. Raises StateUnavailable."""
+        context = (spec.context,) if spec.context else ()
+        return len(spec.container_file) + len(spec.conda_file) + await self._tokens.missing_bytes(context)
+
     async def keep(self, contents: Mapping[str, bytes]) -> None:
         """Keep what a spec carries where the builder finds it. Raises StateUnavailable."""
         await self._tokens.keep(contents, self._defaults.kept_s)

@@ -256,6 +256,12 @@ class TokenStore:
                     if message is not None:
                         yield "" if message["type"] == "subscribe" else message["data"].decode()
 
+    async def cost(self, request: ContainerRequest) -> int:
+        """How many bytes a request will take here: its record, and those of its layers that are not here yet."""
+        layers = tuple(replace(each, location=_STORED) if each.is_inline else each for each in request.config.layers)
+        record, user = _packed(replace(request, config=replace(request.config, layers=layers)))
+        return len(record) + len(user) + await self.missing_bytes(request.config.layers)
+
     async def missing_bytes(self, layers: Iterable[Layer]) -> int:
         """How many bytes of these layers, of those which a request carries, are not here yet."""
         sizes = {layer.gzip_digest: layer.gzip_size for layer in layers if layer.is_inline}
