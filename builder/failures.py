@@ -119,6 +119,10 @@ _RULES = (
         _MAX_CAUSE,
     ),
     _rule(
+        r"^.*(?:writing blob|storing blob|copying blob).*(unexpected EOF|connection reset by peer).*$",
+        "base image can't be read: a layer broke off while it was fetched ({0}); the log of wave-proxy says why",
+    ),
+    _rule(
         rf"^{_BEFORE_IMAGE}(.*(?:denies access to repository|\bdenied: ).*)$",
         "base image not found or not readable: {0}",
         _MAX_CAUSE,

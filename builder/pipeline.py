@@ -114,6 +114,7 @@ class Pipeline:
                 if name not in paths:
                     paths[name] = await lent.enter_async_context(self._lending.lend(spec, image))
                     book.hide(f"{self._engine.registry}/{paths[name]}", name)
+                    book.hide(paths[name], image.repository)
                 bases.append(await self._bases.look(paths[name], image))
                 book.say(f"base image {image}{bases[-1].digest}")
             yield bases

@@ -54,6 +54,12 @@ BUILDAH = 'error building at STEP "RUN {0}": error while running runtime: exit s
         ),
         ('checking on sources under "/c": copier: stat: "/nosuch": no such file or directory', 125, "missing file"),
         (
+            'Error: creating build container: writing blob: storing blob to file "/x": happened during read: '
+            "unexpected EOF",
+            125,
+            "base image can't be read: a layer broke off while it was fetched (unexpected EOF)",
+        ),
+        (
             "manifest unknown: the build of this image has failed (bd-1_1): out of memory: the build used 4 GB\n"
             "Its log ends with:\n>> failed: out of memory: the build used 4 GB",
             125,

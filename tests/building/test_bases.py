@@ -70,3 +70,14 @@ def test_why_a_registry_gives_nothing(wave: WaveProxy, source: Upstream) -> None
     assert status["reason"].startswith("base image can't be read: ")
     assert f"{source.address} fails to give {source.address}/lib/gone:1 (HTTP 503)" in status["reason"]
     assert "wt/" not in status["reason"]
+
+
+def test_the_names_that_base_images_are_read_by_are_shown_to_nobody(works: Works, wave: WaveProxy) -> None:
+    """As tools write them into messages; buildah 1.28 lets a step see its files, and so write the same."""
+    show = """sed -n 's|.*"[^/]*\\(/wt/[^"]*\\)".*|Get "http://x/v2\\1/blobs/y"|p' /c/buildah/registries.conf"""
+    text = f"FROM {works.base}\nRUN --mount=type=cache,id=../../../build,target=/c {show}; echo looked\n"
+    build_id = order(wave, text)["buildId"]
+    wait_done(wave, build_id)
+    log = log_of(wave, build_id).partition("STEP 2/2")[2].partition("\n")[2]
+    assert "looked\n" in log
+    assert "/wt/" not in log
