@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from api.schema import Claiming
-from wave_proxy.errors import PairingMissing, RequestInvalid
+from wave_proxy.errors import AccessTokenRefused, PairingMissing, RequestInvalid
 from wave_proxy.image.platform import DEFAULT_ENDPOINT, known_endpoint
 from wave_proxy.image.request import Identity
 from wave_proxy.state.identities import AccessToken, AccessTokens, is_ours
@@ -76,6 +76,8 @@ class Identities:
         if token:
             if self._platform is None:
                 raise PairingMissing(claims.endpoint, _NO_PLATFORM)
+            if not (token.isascii() and token.isprintable()):  # a Platform gets it in a header
+                raise AccessTokenRefused("no access token has such characters")
             return await self._platform.identify(claims, "" if is_ours(bearer) else bearer)
         if not self._anonymous:
             raise RequestInvalid(f"Missing user access token - {HOW_TO_BE_KNOWN}")

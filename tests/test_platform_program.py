@@ -180,6 +180,15 @@ def test_who_is_not_known_there_is_refused_with_an_empty_body(scene: Scene) -> N
     assert (refused.status, refused.body) == (401, b"")
 
 
+@pytest.mark.parametrize("token", ["tok-ana\r\nX-User: 8", "tok-ana\x00", "tok-ana\x7f", "tok-\u00e4na"], ids=ascii)
+def test_no_platform_is_shown_what_does_not_fit_into_a_header(scene: Scene, token: str) -> None:
+    before = len(scene.platform.seen())
+    refused = scene.post(token, "lib/app:v1")
+    assert (refused.status, refused.body) == (401, b"")
+    assert "no access token has such characters" in refused.headers["WWW-Authenticate"]
+    assert len(scene.platform.seen()) == before
+
+
 def test_an_expired_token_is_refreshed_and_its_user_goes_on(scene: Scene) -> None:
     scene.platform.tell(
         users={"jwt-2": {"id": ANA, "userName": "ana", "email": "ana@lab.org"}},
