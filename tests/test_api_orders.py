@@ -330,13 +330,26 @@ def test_what_can_not_be_built(api: ApiServer, attributes: dict[str, Any], statu
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("local/build", False), ("local/cached", False), ("local/cache", True), ("local/cache/mine", True), ("x/y", True)],
+    [
+        ("local/build", False),
+        ("local/cached", False),
+        ("local/cache", True),
+        ("local/cache/mine", True),
+        ("x/y", False),
+    ],
 )
 def test_a_local_cache_is_not_where_images_are(api: ApiServer, name: str, allowed: bool) -> None:
     answer = api.post(**dockerfile("FROM base\n"), cacheRepository=f"{AUTHORITY}/{name}", dryRun=True)
     assert answer.status == (200 if allowed else 400)
     if not allowed:
         assert f"cacheRepository: a local one begins with {AUTHORITY}/local/cache" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("name", ["library/x", "local", "wt/0123456789abcdef0123456789abcdef/local/x"])
+def test_images_are_pushed_to_local_repositories_of_this_server(api: ApiServer, name: str) -> None:
+    status, message = api.refuse(**dockerfile("FROM base\n"), buildRepository=f"{AUTHORITY}/{name}")
+    assert status == 400
+    assert f"buildRepository: on this server it begins with {AUTHORITY}/local/, got " in message
 
 
 def test_a_conda_file_of_the_newer_endpoint_is_built_and_warned_of(api: ApiServer) -> None:

@@ -115,6 +115,10 @@ class Planner:
         if is_private:
             name = hidden_id(name, self._secret)
         target = target_image(repository, name, recipe.conda_file, request.name_strategy)
+        if self._is_ours(target) and not target.startswith(f"{self._defaults.local}/"):
+            raise RequestInvalid(
+                f"buildRepository: on this server it begins with {self._defaults.local}/, got {clip(repository)}"
+            )
         return replace(
             draft,
             container_id=name,
@@ -192,10 +196,15 @@ class Planner:
         named = str(parse_reference(image)) if image else ""
         return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
 
+    def _is_ours(self, repository: str) -> bool:
+        """Whether it is on this server, local or not."""
+        local = self._defaults.local
+        return bool(local) and repository.partition("/")[0] == local.partition("/")[0]
+
     def _cache_repository(self, request: Submission, *, is_private: bool) -> str:
         asked, local = request.cache_repository or "", self._defaults.local
         # A build itself writes there, so it must not be where others' images are.
-        if local and f"{asked}/".startswith(f"{local}/") and not f"{asked}/".startswith(f"{local}/cache/"):
+        if self._is_ours(asked) and not f"{asked}/".startswith(f"{local}/cache/"):
             raise RequestInvalid(f"cacheRepository: a local one begins with {local}/cache, got {clip(asked)}")
         if is_private:  # layers that are kept for others must not be those
             return "" if local and f"{asked}/".startswith(f"{local}/") else asked
