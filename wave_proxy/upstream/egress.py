@@ -68,7 +68,7 @@ class Endpoint:
     """Where and how a registry is reached.
 
     ``registry`` is the host in image names; ``url`` is ``scheme://host[:port]`` without a slash at the end. ``ca_file``
-    (PEM, trusted besides the system's) and ``proxy`` (URL) are empty when unused.
+    (PEM, trusted besides the system's) and ``proxy`` (URL) are empty when unused. ``is_own`` is for this server itself.
     """
 
     registry: str
@@ -76,6 +76,7 @@ class Endpoint:
     allow_private: bool = False
     ca_file: str = ""
     proxy: str = ""
+    is_own: bool = False
 
 
 def endpoint_for(
@@ -225,7 +226,7 @@ class Egress:
     """Requests to the configured registries and to whatever they point at. Belongs to one event loop.
 
     Timeouts are seconds: ``connect`` covers DNS and TLS, ``response`` the wait for an answer's head, ``idle`` the pause
-    between two reads of its body. With ``offline`` no connection is opened: every
+    between two reads of its body. With ``offline`` no connection is opened but to this server itself: every other
     request raises Offline. Raises OSError when a ``ca_file`` can't be read or holds no certificate.
     """
 
@@ -325,6 +326,9 @@ class Egress:
             return endpoint
         return self._by_place.get(place)
 
+    def _is_shut(self, endpoint: Endpoint | None) -> bool:
+        return self._offline and not (endpoint is not None and endpoint.is_own)
+
     async def _hop(
         self,
         method: str,
@@ -333,12 +337,12 @@ class Egress:
         endpoint: Endpoint | None,
         body: Body | None = None,
     ) -> aiohttp.ClientResponse:
-        if self._offline:
+        there = self._endpoint_at(url, endpoint)
+        if self._is_shut(there):
             raise Offline(
                 f"this proxy is offline ([upstream] offline = true): {authority_of(url)} is not asked "
                 "for what is not stored here"
             )
-        there = self._endpoint_at(url, endpoint)
         policy = _Policy(there.allow_private, there.ca_file, there.proxy) if there else _Policy()
         sent = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers}
         broken: list[WaveError] = []
@@ -527,7 +531,7 @@ class Egress:
         Raises AddressRefused, HostUnknown, UpstreamUnavailable, UpstreamTimeout, Offline.
         """
         there = self._by_place.get((host.lower(), port))
-        if self._offline:
+        if self._is_shut(there):
             raise Offline(f"this proxy is offline ([upstream] offline = true): no connection to {host} is made")
         context = (self._trust(there.ca_file) if there and there.ca_file else True) if tls else None
         try:

@@ -1,6 +1,7 @@
 """From the configuration's registry tables, as plain values, to endpoints, logins and limits."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -55,8 +56,11 @@ def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
 
 def with_own(endpoints: Mapping[str, Endpoint], authority: str, url: str) -> dict[str, Endpoint]:
     """These endpoints and our own, ``authority`` in image names, which is reached at ``url`` unless a table says so."""
-    insecure = url.startswith("http://")
-    return {authority: endpoint_for(authority, url=url, insecure=insecure, allow_private=True), **endpoints}
+    own = endpoints.get(authority)
+    if own is None:
+        own = endpoint_for(authority, url=url, insecure=url.startswith("http://"), allow_private=True)
+    # The first one, for it may be where another registry is configured to be reached.
+    return {authority: replace(own, is_own=True), **{host: e for host, e in endpoints.items() if host != authority}}
 
 
 def own_login(authority: str, secret: _Secret) -> dict[str, Login]:
