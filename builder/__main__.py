@@ -145,13 +145,10 @@ async def _engine(settings: "Settings", egress: Egress, own: Login | None) -> En
     limits = Limits(build.memory, build.processes, build.disk, build.log_bytes)
     gate = Gate(egress, settings.own_url, build.allow_private, own) if build.network == "isolated" else None
     engine: Engine
-    match build.engine:
-        case "buildah":
-            engine = Buildah(limits, gate, settings.own_url, settings.authority)
-        case "buildkit":
-            engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
-        case other:
-            engine = MissingEngine(f'[build] engine = "{other}" is not supported by this version yet')
+    if build.engine == "buildkit":
+        engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
+    else:
+        engine = Buildah(limits, gate, settings.own_url, settings.authority)
     try:
         await engine.check()
     except EngineMissing as err:

@@ -44,7 +44,9 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_version() -> None:
-    assert run("version").stdout == f"wave-proxy {__version__}\n"
+    for asked in ("version", "--version"):
+        result = run(asked)
+        assert (result.returncode, result.stdout) == (0, f"wave-proxy {__version__}\n")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,20 @@ def test_every_command_explains_itself(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.returncode == 0
     assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("serve", "default: an embedded one"),
+        ("proxy", "required, here or as redis_url"),
+        ("api", "required, here or as redis_url"),
+        ("builder", "required, here or as redis_url"),
+        ("token list", "default: that of the service in --data"),
+    ],
+)
+def test_help_says_which_redis_a_command_uses(command: str, said: str) -> None:
+    assert f"({said})" in " ".join(run(*command.split(), "--help").stdout.split())
 
 
 def test_help_shows_every_word_of_what_it_says() -> None:
@@ -122,7 +138,7 @@ def test_what_config_prints_is_a_configuration(tmp_path: Path) -> None:
         ('[registries."not a host"]\n', {}, ["registries", "not a host"]),
         ('[registries."quay.io"]\nendpoint = "quay.io"', {}, ["registries.quay.io.endpoint", "http://"]),
         ("port = ", {}, ["bad.toml"]),
-        ("", {"WAVE_WORKERS": "many"}, ["workers", "many"]),
+        ("", {"WAVE_WORKERS": "many"}, ["WAVE_WORKERS: ", "many"]),
         ('port = "x"\nworkers = "y"', {}, ["port", "workers"]),
     ],
     ids=["unknown-key", "port", "size", "quota", "host", "endpoint", "syntax", "environment", "all-at-once"],
@@ -218,19 +234,11 @@ def test_a_part_alone_says_that_it_needs_a_redis(tmp_path: Path, command: str) -
 def test_a_wrong_certificate_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("no certificate")
     (tmp_path / "k").write_text("no key")
-    result = run(
-        "serve",
-        "--port",
-        "0",
-        "--data",
-        tmp_path / "data",
-        "--tls-cert",
-        tmp_path / "cert.pem",
-        "--tls-key",
-        tmp_path / "k",
-    )
-    assert result.returncode == 1
-    assert one_line(result).endswith("cert.pem is no PEM certificate")
+    files = {"WAVE_TLS_CERT": str(tmp_path / "cert.pem"), "WAVE_TLS_KEY": str(tmp_path / "k")}
+    for command, status in ((["serve", "--port", "0", "--data", tmp_path / "data"], 1), (["config"], 2)):
+        result = run(*command, env=files)
+        assert (result.returncode, result.stdout) == (status, "")
+        assert one_line(result).endswith("cert.pem is no PEM certificate")
 
 
 def test_sigterm_ends_it_cleanly(wave: Wave) -> None:

@@ -1,5 +1,6 @@
 """What is said of a configuration that can't be used, or that is certainly meant otherwise."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def test_another_type(tmp_path: Path, text: str, said: str) -> None:
         ('server_url = "http://a', False),
         ("[quota", False),
         ("port = ", False),
+        ("port = 9090\nport = 9091", False),
     ],
 )
 def test_what_is_no_toml(tmp_path: Path, text: str, is_hinted: bool) -> None:
@@ -97,10 +99,93 @@ def test_a_variable_that_is_no_json(monkeypatch: pytest.MonkeyPatch, name: str) 
         ("[build]\nmemory = 4", 'build.memory: expected at least "1MB"'),
         ('[build]\nengine = "buildkit"', 'build: engine = "buildkit" needs buildkit_address'),
         ('tls_cert = "/etc/hostname"', "TLS needs both tls_cert and tls_key: tls_key is not set"),
+        (
+            '[build]\nallow_private = ["conda.cluster"]',
+            "build.allow_private.0: expected host:port (it is 'conda.cluster')",
+        ),
+        ('[build]\nallow_private = ["[::1]"]', "build.allow_private.0: expected host:port"),
+        ('[build]\nengine = "kubernetes"', "build.engine: Input should be 'buildah', 'buildkit' or 'none'"),
+        ('[build]\nrepository = "Foo Bar"', "build.repository: expected a repository without a tag"),
+        ('[build]\nrepository = "quay.io"', "build.repository: expected a repository without a tag"),
+        ('[build]\ncache_repository = "quay.io/acme/cache:1"', "build.cache_repository: expected a repository"),
+        ('[build]\nsecret = "short"', "build.secret: expected at least 32 characters"),
+        ("metrics_port = 9090", "metrics_port: metrics need a port of their own"),
+        ('[quota]\npull_anonymous = "0/1h"', 'quota.pull_anonymous: expected "<max>/<duration>" with 1 to'),
+        ('[http]\ndeny_paths = ["v1alpha1/inspect"]', "http.deny_paths.0: expected a path that begins with a slash"),
+        (
+            '[registries."quay.io"]\nca_file = "/etc/hostname"',
+            "registries.quay.io.ca_file: expected a file of certificates in PEM (it is '/etc/hostname')",
+        ),
     ],
 )
 def test_what_is_certainly_a_mistake(tmp_path: Path, text: str, said: str) -> None:
     assert said in refused(tmp_path, text)
+
+
+def test_a_wrong_secret_stays_out_of_the_message(tmp_path: Path) -> None:
+    assert "hunter2" not in refused(tmp_path, '[build]\nsecret = "hunter2"')
+
+
+def test_plain_http_and_certificates_exclude_each_other(tmp_path: Path) -> None:
+    certificate = tmp_path / "ca.pem"
+    request = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout {tmp_path}/key -out {certificate}"
+    )
+    subprocess.run(request.split(), check=True, capture_output=True)
+    said = refused(tmp_path, f'[registries."quay.io"]\ninsecure = true\nca_file = "{certificate}"')
+    assert said.startswith("registries.quay.io: insecure means plain http")
+
+
+@pytest.mark.parametrize("host", ["index.docker.io", "registry-1.docker.io", "Docker.io"])
+@pytest.mark.parametrize("prefix", ["", "/acme"])
+def test_another_name_of_docker_hub(tmp_path: Path, host: str, prefix: str) -> None:
+    said = refused(tmp_path, f'[registries."{host}{prefix}"]\nusername = "a"\npassword = "b"')
+    assert said.endswith(f'did you mean [registries."docker.io{prefix}"]?')
+
+
+@pytest.mark.parametrize("text", ["conda.cluster:80", "[::1]:8080", "127.0.0.1:1"])
+def test_what_builds_may_reach(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "wave.toml"
+    file.write_text(f'[build]\nallow_private = ["{text}"]')
+    assert load(file, {}).build.allow_private == (text,)
+
+
+@pytest.mark.parametrize("text", ["", "wave/images", "registry.cluster:5000/wave", "quay.io/acme/a-b"])
+def test_where_builds_may_go(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "wave.toml"
+    file.write_text(f'[build]\nrepository = "{text}"')
+    assert load(file, {}).build.repository == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("WAVE_PORT", "abc", "WAVE_PORT: Input should be a valid integer"),
+        ("wave_port", "abc", "wave_port: Input should be a valid integer"),
+        (
+            "WAVE_QUOTA__PULL_ANONYMUS",
+            "1/1h",
+            "WAVE_QUOTA__PULL_ANONYMUS: no such setting; did you mean WAVE_QUOTA__PULL_ANONYMOUS?",
+        ),
+        ("WAVE_QUOTA__WAIT", "soon", "WAVE_QUOTA__WAIT: expected a duration"),
+        (
+            "WAVE_REGISTRIES",
+            '{"quay.io": {"prxy": ""}}',
+            "WAVE_REGISTRIES.quay.io.prxy: no such key; did you mean proxy?",
+        ),
+    ],
+)
+def test_a_variable_is_named_as_such(monkeypatch: pytest.MonkeyPatch, name: str, text: str, said: str) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigInvalid) as caught:
+        load(None, {})
+    assert str(caught.value).startswith(said)
+
+
+def test_a_flag_is_not_blamed_on_the_variable_that_it_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVE_PORT", "9090")
+    with pytest.raises(ConfigInvalid, match=r"^port: "):
+        load(None, {"port": 70000})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from wave_proxy.upstream.layout import read_layout
 from wave_proxy.upstream.publish import publish, push
 from wave_proxy.upstream.registry import Registry
 
+SECRET = "of-the-builders-" * 2
 IMAGE = image([layer({"a": random_blob(300_000, 1)}), layer({"b": "text"})])
 
 needs_distribution = pytest.mark.skipif(not has_distribution(), reason="docker-registry is not installed")
@@ -117,9 +118,9 @@ async def _bytes_of(number: int, start: int) -> AsyncIterator[bytes]:
 
 
 async def test_own_local_repository_takes_it_from_the_builder(layout: Path, wave: Callable[..., WaveProxy]) -> None:
-    proxy = wave(config='[build]\nsecret = "hidden"\nengine = "none"')
+    proxy = wave(config=f'[build]\nsecret = "{SECRET}"\nengine = "none"')
     reference = Reference(proxy.address, "local/tool", "1")
-    for password, error in (("wrong", Denied), ("hidden", None)):
+    for password, error in (("wrong", Denied), (SECRET, None)):
         async with egress_to(proxy.address) as egress:
             registry = Registry(egress, Credentials({proxy.address: Login("_builder", password)}))
             with pytest.raises(error, match="does not let us push to") if error else nullcontext():

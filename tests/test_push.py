@@ -32,7 +32,7 @@ NAME = "local/team/tool"
 UPLOADS = f"/v2/{NAME}/blobs/uploads/"
 PASSWORD = "correct horse"
 ACCOUNT = f'[accounts]\nbob = "sha256:{sha256(PASSWORD.encode()).hexdigest()}"\n'
-SECRET = "s3cret-of-the-builders"
+SECRET = "s3cret-of-the-builders-" + "x" * 16
 MISSING = f"sha256:{'0' * 64}"
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
@@ -70,16 +71,31 @@ MetricsPort = Annotated[
     int | None,
     typer.Option(help="Port for Prometheus (/metrics); 0 picks a free one. (default: none)", show_default=False),
 ]
-RedisUrl = Annotated[
-    str | None,
-    typer.Option("--redis", help="Redis to use. (default: an embedded one)", show_default=False, metavar="URL"),
-]
+_redis_option = partial(typer.Option, "--redis", show_default=False, metavar="URL")
+RedisUrl = Annotated[str | None, _redis_option(help="Redis to use. (default: an embedded one)")]
+SharedRedisUrl = Annotated[str | None, _redis_option(help="Redis to use. (required, here or as redis_url)")]
+RunningRedisUrl = Annotated[str | None, _redis_option(help="Redis to use. (default: that of the service in --data)")]
 TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", metavar="FILE")]
 TlsKey = Annotated[Path | None, typer.Option(help="Private key (PEM) of the certificate.", metavar="FILE")]
 
 _NEEDS_REDIS = "the {} alone needs a Redis: give its address with --redis URL or WAVE_REDIS_URL"
 # Builders pull and push through the proxy, so they end first; the proxy hands requests on to the api.
 _STAGES = {"builder": 0, "proxy": 1, "api": 2, "metrics": 2, "redis": 3}
+
+
+def _print_version(wanted: bool = True) -> None:
+    if wanted:
+        print(f"wave-proxy {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; what they do, their callbacks have done."""
 
 
 @cli.command()
@@ -115,7 +131,7 @@ def proxy(
     port: Port = None,
     data: Data = None,
     workers: Workers = None,
-    redis: RedisUrl = None,
+    redis: SharedRedisUrl = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     metrics_port: MetricsPort = None,
@@ -135,13 +151,13 @@ def proxy(
 
 
 @cli.command()
-def api(config: ConfigFile = None, data: Data = None, redis: RedisUrl = None) -> None:
+def api(config: ConfigFile = None, data: Data = None, redis: SharedRedisUrl = None) -> None:
     """Run the API alone, for a proxy with the same data folder. Needs a Redis."""
     _become("api", config, _overrides(data=data, redis_url=redis))
 
 
 @cli.command()
-def builder(config: ConfigFile = None, data: Data = None, redis: RedisUrl = None) -> None:
+def builder(config: ConfigFile = None, data: Data = None, redis: SharedRedisUrl = None) -> None:
     """Run the builder alone. Needs a Redis."""
     _become("builder", config, _overrides(data=data, redis_url=redis))
 
@@ -153,6 +169,12 @@ def show_config(config: ConfigFile = None) -> None:
     from wave_proxy.config.writing import to_toml
 
     settings = _load(config, {})
+    if settings.tls_cert:
+        try:
+            server_context(settings.tls_cert, settings.tls_key)
+        except TlsInvalid as err:
+            fail(str(err))
+            raise typer.Exit(2) from None
     if unknown := unknown_variables(os.environ):
         fail("; ".join(unknown))
         raise typer.Exit(2)
@@ -162,7 +184,7 @@ def show_config(config: ConfigFile = None) -> None:
 @cli.command()
 def version() -> None:
     """Print the version."""
-    print(f"wave-proxy {__version__}")
+    _print_version()
 
 
 @token.command("create")
@@ -174,7 +196,7 @@ def create_token(
     note: Annotated[str, typer.Option(help="What it is for, to tell it from others.", metavar="TEXT")] = "",
     config: ConfigFile = None,
     data: Data = None,
-    redis: RedisUrl = None,
+    redis: RunningRedisUrl = None,
 ) -> None:
     """Issue an access token and print it, this once. Others of the user stay as they are."""
 
@@ -199,7 +221,7 @@ def list_tokens(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
     config: ConfigFile = None,
     data: Data = None,
-    redis: RedisUrl = None,
+    redis: RunningRedisUrl = None,
 ) -> None:
     """List access tokens, those that ended in the last 90 days too; times are UTC."""
 
@@ -224,7 +246,7 @@ def revoke_token(
     user: Annotated[str, typer.Option(help="All of this user's.", metavar="MAIL", show_default=False)] = "",
     config: ConfigFile = None,
     data: Data = None,
-    redis: RedisUrl = None,
+    redis: RunningRedisUrl = None,
 ) -> None:
     """End access tokens, for every request from now on. Containers that were requested with them stay."""
 

@@ -27,7 +27,8 @@ def load(config_file: Path | None, overrides: Mapping[str, Any]) -> Settings:
         found = _sources(config_file)(**overrides)
         return Settings.model_construct(**dict(found))
     except ValidationError as err:
-        raise ConfigInvalid("; ".join(explain(error) for error in err.errors())) from None
+        variables = {name: text for name, text in os.environ.items() if name[5:].lower() not in overrides}
+        raise ConfigInvalid("; ".join(explain(error, variables) for error in err.errors())) from None
     except (TOMLDecodeError, UnicodeDecodeError, OSError) as err:
         raise ConfigInvalid(explain_file(config_file or Path(), err)) from None
     except ValueError as err:  # JSON in an environment variable

@@ -1,7 +1,7 @@
 """What is said of a configuration that can't be used: which key or variable, its value, the rule, what was meant."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -43,24 +43,35 @@ _TYPES = {
 }
 
 
-def explain(error: Any) -> str:
-    """One of pydantic's errors, in one line."""
+def explain(error: Any, variables: Mapping[str, str]) -> str:
+    """One of pydantic's errors, in one line; ``variables`` are the environment's that may have brought the value."""
     place = tuple(str(part) for part in error["loc"])
-    key = ".".join(place)
+    key = _shown_key(place, variables)
     if error["type"] == "extra_forbidden":
+        if key in variables and (said := unknown_variables([key])):
+            return said[0]
         return _unquoted_host(place, error["input"]) or f"{key}: no such key{_suggest(place)}"
     value = str(error["input"]) if isinstance(error["input"], Path) else error["input"]
     # A table may hold a password; of a single value, the key tells.
-    secret = not isinstance(value, str | int | float) or any(word in key for word in _SECRET_KEYS)
+    secret = not isinstance(value, str | int | float) or any(word in ".".join(place) for word in _SECRET_KEYS)
     shown = "" if secret else f" (it is {clip(value, 80)})"
     rule = _TYPES.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{key}: {rule}{shown}" if key else f"{rule}{shown}"
 
 
+def _shown_key(place: Sequence[str], variables: Mapping[str, str]) -> str:
+    """What the value at ``place`` is called where it comes from: a variable, if the environment has one for it."""
+    names = {name.upper(): name for name in variables}
+    for depth in range(len(place), 0, -1):
+        if name := names.get(f"WAVE_{'__'.join(place[:depth])}".upper()):
+            return ".".join((name, *place[depth:]))
+    return ".".join(place)
+
+
 def explain_file(file: Path, error: ValueError | OSError) -> str:
     """Why a file is no TOML, in one line."""
     hint = ""
-    if match := re.search(r"\(at line (\d+)", str(error)):
+    if match := re.match(r"(?:Invalid value|Expected newline).*\(at line (\d+)", str(error)):
         line = file.read_text(errors="replace").splitlines()[int(match[1]) - 1]
         _, _, value = line.partition("=")
         if value.strip() and value.strip()[0] not in "\"'[{":

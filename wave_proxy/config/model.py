@@ -5,6 +5,7 @@
 
 from ipaddress import ip_network
 from pathlib import Path
+from ssl import PROTOCOL_TLS_CLIENT, SSLContext, SSLError
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -25,7 +26,7 @@ from wave_proxy.config.units import format_duration, format_size, parse_duration
 from wave_proxy.errors import clip
 from wave_proxy.image.limit import parse_limit
 from wave_proxy.image.platform import is_endpoint
-from wave_proxy.image.reference import is_registry, is_repository
+from wave_proxy.image.reference import DOCKER_HUB, HUB_ALIASES, is_registry, is_repository
 from wave_proxy.image.scan import Severity
 
 
@@ -79,6 +80,35 @@ def _trusted_proxy(value: str) -> str:
         raise ValueError(f'expected an address, a network such as "10.0.0.0/8", or "unix": {err}') from None
 
 
+def _request_path(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError('expected a path that begins with a slash, such as "/v1alpha1/inspect"')
+    return value
+
+
+def _host_and_port(value: str) -> str:
+    if not is_registry(value) or ":" not in value.rpartition("]")[2]:
+        raise ValueError("expected host:port")
+    return value
+
+
+def _repository(value: str) -> str:
+    host, _, path = value.partition("/")
+    names_registry = "." in host or ":" in host
+    if value and not (is_registry(host) and is_repository(path) if names_registry else is_repository(value)):
+        raise ValueError('expected a repository without a tag, such as "registry.cluster:5000/wave"')
+    return value
+
+
+def _long_secret(value: SecretStr) -> SecretStr:
+    if 0 < len(value) < _LEAST_SECRET_CHARS:
+        raise ValueError(
+            f"expected at least {_LEAST_SECRET_CHARS} characters, such as `openssl rand -hex 32` prints: "
+            "who guesses it writes to every local repository"
+        )
+    return value
+
+
 def _user(value: str) -> str:
     name, at, domain = value.rpartition("@")
     if value != "*" and not (name and at and domain and ("*" not in value or (name == "*" and "*" not in domain))):
@@ -90,6 +120,15 @@ def _path(value: object) -> object:
     return None if value == "" else value
 
 
+def _certificates(path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            SSLContext(PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except SSLError:
+            raise ValueError("expected a file of certificates in PEM") from None
+    return path
+
+
 def _readable(path: Path | None) -> Path | None:
     if path is not None:
         try:
@@ -99,6 +138,7 @@ def _readable(path: Path | None) -> Path | None:
     return path
 
 
+_LEAST_SECRET_CHARS = 32
 _SHOW_DURATION = PlainSerializer(format_duration, when_used="json")
 _SHOW_SIZE = PlainSerializer(format_size, when_used="json-unless-none")
 Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0), _SHOW_DURATION]
@@ -109,7 +149,12 @@ OptionalSize = Annotated[int | None, BeforeValidator(_size), AfterValidator(_pos
 Quota = Annotated[str, BeforeValidator(_quota)]
 User = Annotated[str, AfterValidator(_user)]
 TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
+RequestPath = Annotated[str, AfterValidator(_request_path)]
+HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
+Repository = Annotated[str, AfterValidator(_repository)]
+LongSecret = Annotated[SecretStr, AfterValidator(_long_secret)]
 OptionalFile = Annotated[Path | None, BeforeValidator(_path), AfterValidator(_readable)]  # empty text: none
+Certificates = Annotated[OptionalFile, AfterValidator(_certificates)]
 
 
 class _Section(BaseModel):
@@ -141,7 +186,7 @@ class RegistrySettings(_Section):
         description="Whether this host may resolve to loopback or private addresses. "
         "Unset: only where `endpoint` names such an address.",
     )
-    ca_file: OptionalFile = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
+    ca_file: Certificates = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
     proxy: str = Field("", description="Forward proxy (`http://host:port`) through which this registry is reached.")
     max_connections: int | None = Field(
         None, ge=1, description="As in `[upstream]`, for this registry. Unset: what is set there."
@@ -170,6 +215,12 @@ class RegistrySettings(_Section):
             raise ValueError("users says whom a login is for: username and password are missing")
         return self
 
+    @model_validator(mode="after")
+    def _speaks_one_protocol(self) -> Self:
+        if self.insecure and self.ca_file is not None:
+            raise ValueError("insecure means plain http, which has no certificates: leave out insecure or ca_file")
+        return self
+
     @field_validator("endpoint", "proxy")
     @classmethod
     def _has_scheme(cls, value: str) -> str:
@@ -186,7 +237,7 @@ class HttpSettings(_Section):
     write_timeout: Duration = Field(120.0, description="A client that takes no byte for this long is cut off.")
     max_header_bytes: Size = Field(65536, description="Limit on a request's head.")
     max_body_bytes: Size = Field(64_000_000, description="Limit on an API request's body.")
-    deny_paths: tuple[str, ...] = Field(
+    deny_paths: tuple[RequestPath, ...] = Field(
         (), description='Paths, such as `["/v1alpha1/inspect"]`, that are closed: exactly these get status 405.'
     )
     trusted_proxies: tuple[TrustedProxy, ...] = Field(
@@ -309,7 +360,8 @@ class LogSettings(_Section):
     )
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     requests: Literal["all", "failed", "none"] = Field(
-        "failed", description="Which requests get a line; `failed`: status 500 and up."
+        "failed",
+        description="Which requests get a line; `failed`: status 500 and up, 403, and hosts that do not exist.",
     )
 
 
@@ -342,16 +394,15 @@ class QuotaSettings(_Section):
 class BuildSettings(_Section):
     """Builds from container files and packages, by the builder."""
 
-    engine: Literal["buildah", "buildkit", "assemble", "kubernetes", "none"] = Field(
+    engine: Literal["buildah", "buildkit", "none"] = Field(
         "buildah",
         description="What runs a build: `buildah` on the builder's machine, or a remote `buildkit`; `none`: requests "
-        "for builds are refused with 501, and the builder is there for mirrors and scans. "
-        "*`assemble` and `kubernetes` are not supported yet.*",
+        "for builds are refused with 501, and the builder is there for mirrors and scans.",
     )
-    repository: str = Field(
+    repository: Repository = Field(
         "", description="Where images are pushed that a request names no repository for; empty: `<server>/local/build`."
     )
-    cache_repository: str = Field(
+    cache_repository: Repository = Field(
         "",
         description="Where layers of such builds are kept to be used again, if the request does not say; empty: none.",
     )
@@ -388,17 +439,17 @@ class BuildSettings(_Section):
         "refuses private and loopback addresses; `host`: it has the network of the machine, services on loopback "
         "included.",
     )
-    allow_private: tuple[str, ...] = Field(
+    allow_private: tuple[HostAndPort, ...] = Field(
         (),
         description="Private or loopback `host:port` that isolated builds may reach: a mirror of Conda channels, say.",
     )
     buildkit_address: str = Field(
         "", description="Where `buildkitd` listens, such as `tcp://buildkit:1234`, for the engine `buildkit`."
     )
-    secret: SecretStr = Field(
+    secret: LongSecret = Field(
         SecretStr(""),
-        description="What builders authorise themselves with to push to local repositories. Needed by `proxy` and "
-        "`builder` when they run apart; `serve` makes its own.",
+        description="What builders authorise themselves with to push to local repositories, 32 characters or more. "
+        "Needed by `proxy` and `builder` when they run apart; `serve` makes its own.",
     )
 
     @model_validator(mode="after")
@@ -561,7 +612,11 @@ class Settings(BaseModel):
         Path("wave-data"), description="The data folder: blobs, and the embedded Redis."
     )
     workers: int = Field(0, ge=0, le=256, description="Proxy processes; 0: one per core.")
-    server_url: str = Field("", description="What image names begin with; empty: `http://localhost:<port>`.")
+    server_url: str = Field(
+        "",
+        description="What image names begin with; empty: `http://localhost:<port>`, with `tls_cert` "
+        "`https://localhost:<port>`.",
+    )
     redis_url: SecretStr = Field(
         SecretStr(""), description="`redis://`, `rediss://` or `unix://`; empty: an embedded Redis."
     )
@@ -609,6 +664,12 @@ class Settings(BaseModel):
             raise ValueError(f"TLS needs both tls_cert and tls_key: {missing} is not set")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_port_for_metrics(self) -> Self:
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ValueError(f"metrics_port: metrics need a port of their own, and {self.port} is `port`")
+        return self
+
     @field_validator("redis_url")
     @classmethod
     def _is_redis_url(cls, value: SecretStr) -> SecretStr:
@@ -626,6 +687,9 @@ class Settings(BaseModel):
                     f"{place!r} is neither a registry host such as quay.io or 127.0.0.1:5000, nor one with the "
                     "beginning of repositories such as quay.io/acme"
                 )
+            if host != DOCKER_HUB and host.lower() in {DOCKER_HUB, *HUB_ALIASES}:
+                meant = f'[registries."{DOCKER_HUB}{slash}{prefix}"]'
+                raise ValueError(f"{place!r} is Docker Hub, which image names call {DOCKER_HUB}: did you mean {meant}?")
             if slash:
                 _check_prefix_table(place, table)
         return value

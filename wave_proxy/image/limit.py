@@ -31,6 +31,6 @@ def parse_limit(text: str) -> Limit | None:
     if match is None:
         raise ValueError('expected "<max>/<duration>", such as "100/1h", or "off"')
     limit = Limit(int(match[1]), float(match[2]) * UNITS_S[match[3]])
-    if limit.max > _MOST or not _SHORTEST_S <= limit.period_s <= _LONGEST_S:
-        raise ValueError(f'expected "<max>/<duration>" with at most {_MOST:,}, in a duration from 1ms to 366d')
+    if not 0 < limit.max <= _MOST or not _SHORTEST_S <= limit.period_s <= _LONGEST_S:
+        raise ValueError(f'expected "<max>/<duration>" with 1 to {_MOST:,}, in a duration from 1ms to 366d')
     return limit

@@ -7,6 +7,7 @@ from ipaddress import IPv6Address
 from wave_proxy.errors import RequestInvalid
 
 DOCKER_HUB = "docker.io"
+HUB_ALIASES = frozenset({"index.docker.io", "registry-1.docker.io"})
 
 _HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[([0-9a-fA-F:]{2,39})\])(?::([0-9]{1,5}))?")
 # distribution-spec: <name>; underscores, dots and dashes only between alphanumerics.
@@ -93,7 +94,7 @@ def parse_reference(text: str) -> Reference:
     registry = DOCKER_HUB
     if len(segments) > 1 and ("." in segments[0] or ":" in segments[0]):
         registry = segments.pop(0)
-    if registry in ("index.docker.io", "registry-1.docker.io"):
+    if registry in HUB_ALIASES:
         registry = DOCKER_HUB
     if registry == DOCKER_HUB and len(segments) == 1:
         segments.insert(0, "library")
