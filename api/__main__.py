@@ -26,6 +26,7 @@ from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.images.inspections import Inspections
 from api.images.own_images import OwnImages
+from api.images.reading import ImageReader
 from api.jobs.builds import Builds
 from api.jobs.job_logs import JobLogs
 from api.jobs.mirrors import Mirrors
@@ -139,13 +140,17 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     reports = ScanReports(redis, settings.build.log_retention)
     secret = await obtain_secret(redis)
     scans = _scans(settings.scan, builds, reports, usage, secret)
+    own_images = OwnImages(tokens, settings.authority)
+    images = ImageReader(registries, own_images)
+    planner = Planner(registries, images, tokens, _defaults(settings), secret)
     containers = Containers(
         tokens,
         registries,
+        images,
         identities,
         accounts,
         _open_hosts(endpoints),
-        _orders(settings, redis, Planner(registries, tokens, _defaults(settings), secret), builds, usage, sizes, stack),
+        _orders(settings, redis, planner, builds, usage, sizes, stack),
         scans,
         _mirroring(settings, registries, builds, usage, secret),
         sizes,
@@ -159,7 +164,8 @@ async def _compose(settings: Settings, stack: AsyncExitStack) -> Starlette:
     inspections = Inspections(
         registries,
         identities,
-        OwnImages(tokens, settings.authority),
+        own_images,
+        images,
         endpoints,
         public_url=settings.public_url,
         max_body_bytes=settings.http.max_body_bytes,

@@ -1,6 +1,8 @@
 """Container requests: asked for, described, ended."""
 
+from collections.abc import Awaitable
 from dataclasses import replace
+from functools import partial
 from re import compile as compile_pattern
 from time import time
 from typing import Any
@@ -31,6 +33,7 @@ from api.endpoints import (
 )
 from api.identities import Identities, claims_of
 from api.images.inspection import explained
+from api.images.reading import ImageReader
 from api.jobs.statuses import REPEATED_S, container_status
 from api.locations import OpenHosts
 from api.mirroring import Mirroring
@@ -46,11 +49,12 @@ from api.sizes import Sizes
 from wave_proxy.errors import ContentMismatch, RequestInvalid
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import LINUX_AMD64, Platform, parse_platforms
-from wave_proxy.image.reference import parse_reference
+from wave_proxy.image.reference import Reference, parse_reference
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
 from wave_proxy.image.scan import Scan
 from wave_proxy.state.accounts import Accounts
 from wave_proxy.state.tokens import TokenRecord, TokenStore
+from wave_proxy.upstream.registry import ManifestHead, Registry
 
 _TOKEN = compile_pattern(r"[0-9a-f]{32}")
 _CONDA_FILE_WARNING = {"Warning": '299 - "Attribute `condaFile` is deprecated - use `packages` instead"'}
@@ -72,6 +76,7 @@ class Containers:
         self,
         tokens: TokenStore,
         registries: Registries,
+        images: ImageReader,
         identities: Identities,
         accounts: Accounts,
         hosts: OpenHosts,
@@ -87,6 +92,7 @@ class Containers:
     ) -> None:
         self._tokens = tokens
         self._registries = registries
+        self._images = images
         self._identities = identities
         self._accounts = accounts
         self._hosts = hosts
@@ -297,9 +303,13 @@ class Containers:
     async def _check_image(self, wanted: ContainerRequest) -> ContainerRequest:
         """The same with its image's whole name, which exists."""
         reference = parse_reference(wanted.image)
+
+        def ask(registry: Registry, place: Reference) -> Awaitable[ManifestHead]:
+            at_once = place != reference
+            return registry.head_manifest(place.registry, place.repository, place.reference, at_once=at_once)
+
+        head = await self._images.read(wanted.identity, reference, ask)
         with explained(reference):
-            registry = await self._registries.open(wanted.identity, reference)
-            head = await registry.head_manifest(reference.registry, reference.repository, reference.reference)
             is_private = bool(wanted.scan_mode) and await self._registries.is_guarded(wanted.identity, reference)
         found = replace(wanted, image=str(reference))
         return replace(found, scan_ids=await self._scans.of_image(found, head.digest, is_private=is_private))
@@ -349,9 +359,8 @@ class Containers:
         for position, name in enumerate(names):
             try:
                 reference = parse_reference(name)
-                with explained(reference):
-                    registry = await self._registries.open(identity, reference)
-                    layers += await fetch_layers(registry, reference, platforms[0])
+                ask = partial(fetch_layers, image=reference, platform=platforms[0])
+                layers += await self._images.read(identity, reference, ask)
             except RequestInvalid as err:
                 raise RequestInvalid(f"containerIncludes[{position}]: {err}") from None
         return layers

@@ -19,6 +19,7 @@ from api.credentials import CredentialChecks
 from api.identities import Identities
 from api.images.inspections import Inspections
 from api.images.own_images import OwnImages
+from api.images.reading import ImageReader
 from api.jobs.builds import Builds
 from api.jobs.job_logs import JobLogs
 from api.jobs.mirrors import Mirrors
@@ -120,12 +121,15 @@ class ApiServer:
         usage, quotas, sizes = Usage(redis), Quotas(redis, self._quotas, wait_s=0.0), Sizes(**self._sizes)
         stack.push_async_callback(usage.close)
         stack.push_async_callback(quotas.close)
-        planner = Planner(registries, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
+        own_images = OwnImages(tokens, AUTHORITY)
+        images = ImageReader(registries, own_images)
+        planner = Planner(registries, images, tokens, BuildDefaults(self._build_repository, f"{AUTHORITY}/local"))
         reports = ScanReports(redis)
         scans = ScanOrders(builds, reports, usage, enabled=self._scans)
         containers = Containers(
             tokens,
             registries,
+            images,
             identities,
             self._accounts,
             hosts,
@@ -143,7 +147,8 @@ class ApiServer:
         inspections = Inspections(
             registries,
             identities,
-            OwnImages(tokens, AUTHORITY),
+            own_images,
+            images,
             self._endpoints,
             public_url=f"http://{AUTHORITY}",
             max_body_bytes=self._max_body_bytes,

@@ -27,11 +27,15 @@ def offline_with_tool(upstream: Upstream, wave: Callable[..., WaveProxy], tmp_pa
     return wave(data=data, config=table + OFFLINE)
 
 
-def test_own_images_are_requested_and_shown(
+def test_stored_and_own_images_are_requested_and_shown(
     upstream: Callable[..., Upstream], wave: Callable[..., WaveProxy], tmp_path: Path
 ) -> None:
     server = upstream()
     proxy = offline_with_tool(server, wave, tmp_path)
+    assert proxy.pull(proxy.submit(containerImage=f"{HOST}/tool:1")["targetImage"]).digest == TOOL.digest
+    refused = proxy.request("POST", "/v1alpha2/container", body={"containerImage": f"{HOST}/other:1"})
+    assert (refused.status, refused.headers["Retry-After"]) == (503, None)
+    assert refused.json()["message"].startswith(f"Registry '{HOST}' is not available: this proxy is offline")
     push(proxy.address, "local/mine", LOCAL, "1")
     own = f"localhost:{proxy.address.rpartition(':')[2]}"
     mine = f"{own}/local/mine:1"

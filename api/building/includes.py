@@ -8,21 +8,24 @@ from wave_proxy.image.request import Layer
 from wave_proxy.upstream.registry import Registry
 
 
-async def fetch_layers(registry: Registry, reference: Reference, platform: Platform = LINUX_AMD64) -> tuple[Layer, ...]:
+async def fetch_layers(
+    registry: Registry, place: Reference, *, image: Reference, platform: Platform = LINUX_AMD64
+) -> tuple[Layer, ...]:
     """The layers of an image for a platform, lowest first, each with its location, diff_id and media type.
 
-    Raises RequestInvalid when the image is none, or has no such platform; ManifestUnknown, Denied, UpstreamError.
+    ``image`` is read at ``place``, which may be another name of it. Raises RequestInvalid when it is no image, or has
+    no such platform; ManifestUnknown, Denied, UpstreamError.
     """
-    manifest, config = await fetch_image(registry, reference, platform)
+    manifest, config = await fetch_image(registry, place, platform)
     match config.get("rootfs"):
         case {"diff_ids": [*diff_ids]} if all(isinstance(diff_id, str) for diff_id in diff_ids):
             pass
         case _:
-            raise UpstreamError(f"the config of '{reference}' has no rootfs with diff_ids")
+            raise UpstreamError(f"the config of '{image}' has no rootfs with diff_ids")
     if len(diff_ids) != len(manifest.layers):
-        raise UpstreamError(f"the config and the manifest of '{reference}' differ in their numbers of layers")
-    place = f"docker://{reference.registry}/v2/{reference.repository}/blobs"
+        raise UpstreamError(f"the config and the manifest of '{image}' differ in their numbers of layers")
+    blobs = f"docker://{image.registry}/v2/{image.repository}/blobs"
     return tuple(
-        Layer(f"{place}/{layer.digest}", layer.digest, layer.size, diff_id, layer.media_type)
+        Layer(f"{blobs}/{layer.digest}", layer.digest, layer.size, diff_id, layer.media_type)
         for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
     )

@@ -8,7 +8,8 @@ from api.building.freeze import base_of, entrypoint_of, frozen
 from api.building.ingredients import Ingredients
 from api.building.naming import cache_repository, container_id, hidden_id, target_image
 from api.building.recipes import recipe_for
-from api.images.inspection import explained, fetch_entrypoint
+from api.images.inspection import fetch_entrypoint
+from api.images.reading import ImageReader
 from api.registries import Registries
 from api.schema import Submission
 from wave_proxy.errors import (
@@ -58,10 +59,16 @@ class Planner:
     """Makes specs of builds, and knows whether what they make is there."""
 
     def __init__(
-        self, registries: Registries, tokens: TokenStore, defaults: BuildDefaults, secret: bytes = b""
+        self,
+        registries: Registries,
+        images: ImageReader,
+        tokens: TokenStore,
+        defaults: BuildDefaults,
+        secret: bytes = b"",
     ) -> None:
         """``secret`` goes into the ids of builds of private images."""
         self._registries = registries
+        self._images = images
         self._tokens = tokens
         self._defaults = defaults
         self._secret = secret
@@ -190,9 +197,9 @@ class Planner:
         base = base_of(text) if text else image
         if own is None and base:
             reference = parse_reference(base)
-            with explained(reference):
-                registry = await self._registries.open(identity, reference)
-                own = await fetch_entrypoint(registry, reference, platform)
+            own = await self._images.read(
+                identity, reference, lambda registry, place: fetch_entrypoint(registry, place, platform)
+            )
         named = str(parse_reference(image)) if image else ""
         return frozen(container_file=text, image=named, config=config, entrypoint=own or (), kind=kind)
 

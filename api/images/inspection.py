@@ -10,6 +10,7 @@ from wave_proxy.errors import (
     HostUnknown,
     ManifestUnknown,
     NameUnknown,
+    Offline,
     RequestInvalid,
     UpstreamError,
     UpstreamTimeout,
@@ -38,6 +39,8 @@ def explained(image: Reference) -> Iterator[None]:
         raise RequestInvalid(f"{unknown} - Cause: {err}") from None
     except (ManifestUnknown, NameUnknown, BlobUnknown):
         raise RequestInvalid(unknown) from None
+    except Offline as err:
+        raise UpstreamUnavailable(f"Registry '{image.registry}' is not available: {err}", None) from err
     except (UpstreamUnavailable, UpstreamTimeout) as err:
         raise UpstreamUnavailable(f"Registry '{image.registry}' is not available, try again later: {err}") from err
 

@@ -20,6 +20,7 @@ from api.images.image_answers import (
 )
 from api.images.inspection import explained, fetch_config
 from api.images.own_images import OwnImages
+from api.images.reading import ImageReader
 from api.registries import Registries
 from api.replies import json_reply
 from api.schema import Claiming, Text, parse_body
@@ -53,6 +54,7 @@ class Inspections:
         registries: Registries,
         identities: Identities,
         own_images: OwnImages,
+        images: ImageReader,
         endpoints: Mapping[str, Endpoint],
         *,
         public_url: str,
@@ -61,6 +63,7 @@ class Inspections:
         self._registries = registries
         self._identities = identities
         self._own_images = own_images
+        self._images = images
         self._endpoints = endpoints
         self._public_url = public_url
         self._max_body_bytes = max_body_bytes
@@ -97,13 +100,20 @@ class Inspections:
         identity = await self._identify(asked, authorization)
         image = parse_reference(asked.container_image)
         shown = host_name(image.registry, self._endpoints, self._public_url)
-        with explained(image):
-            registry = await self._registries.open(identity, image)
-            async with self._own_images.open(image, identity) as place:
-                if place != image:  # it may be an image that is still being built
-                    await registry.head_manifest(place.registry, place.repository, place.reference, at_once=True)
-                found = await _fetch(registry, place, wanted)
-                return found.described(image, shown)
+        found = await self._read(identity, image, wanted)
+        return found.described(image, shown)
+
+    async def _read(self, identity: Identity, image: Reference, platform: Platform | None) -> "_Found":
+        async def ask(registry: Registry, place: Reference) -> _Found:
+            if place != image:  # it may be an image that is still being built
+                await registry.head_manifest(place.registry, place.repository, place.reference, at_once=True)
+            return await _fetch(registry, place, platform)
+
+        async with self._own_images.open(image, identity) as place:
+            if place == image:
+                return await self._images.read(identity, image, ask)
+            with explained(image):
+                return await ask(await self._registries.open(identity, image), place)
 
     async def _identify(self, asked: InspectSpec, authorization: str) -> Identity:
         try:

@@ -1,7 +1,7 @@
-"""Our own images, local ones and those named by a token, as the api reads them: through the port, and as no pull."""
+"""Images as the api reads them through the port, and as no pull: local ones, those named by a token, stored ones."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from re import compile as compile_pattern
 from time import time
@@ -28,11 +28,27 @@ class OwnImages:
 
         Raises StateUnavailable.
         """
-        found = await self._find(image, identity) if image.registry == self._authority else None
+        found = await self._find(image, identity) if self.has(image) else None
         if found is None:
             yield image
             return
-        request, repository = found
+        async with self._lent(image, *found) as place:
+            yield place
+
+    def has(self, image: Reference) -> bool:
+        """Whether an image is read through the port by its own name."""
+        return image.registry == self._authority
+
+    def lend(self, image: Reference, identity: Identity) -> AbstractAsyncContextManager[Reference]:
+        """A name to read another registry's image by until the end of the block, as ``identity`` may pull it.
+
+        Raises StateUnavailable.
+        """
+        request = ContainerRequest(str(replace(image, scheme="")), identity=identity)
+        return self._lent(replace(image, registry=self._authority), request, image.repository)
+
+    @asynccontextmanager
+    async def _lent(self, image: Reference, request: ContainerRequest, repository: str) -> AsyncIterator[Reference]:
         token = await self._tokens.lend(request, _LENT_S)
         try:
             yield replace(image, repository=f"wt/{token}/{repository}")

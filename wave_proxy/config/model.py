@@ -318,8 +318,8 @@ class UpstreamSettings(_Section):
     )
     offline: bool = Field(
         False,
-        description="Connect to nothing but this server itself: what is stored is served, tags as they were last known, "
-        "and nothing else. Builds reach what is stored here alone, unless `[build] network` is `host`.",
+        description="Connect to nothing but this server itself: what is stored is served, tags as they were last "
+        "known, and nothing else. Builds reach what is stored here alone, unless `[build] network` is `host`.",
     )
 
 

@@ -110,9 +110,10 @@ class Breaker:
 
 
 class Breakers:
-    """The breakers of one process, by registry or host; only those that are not well have one."""
+    """The breakers of one process, by registry or host; only those that are not well have one, and none ``spared``."""
 
-    def __init__(self) -> None:
+    def __init__(self, spared: frozenset[str] = frozenset()) -> None:
+        self._spared = spared
         self._breakers: OrderedDict[str, Breaker] = OrderedDict()
 
     def admit(self, place: str, about: str, now: float) -> bool:
@@ -130,6 +131,8 @@ class Breakers:
         self, place: str, about: str, err: BaseException | None, now: float, *, trial: bool, spread: float
     ) -> None:
         """How a request ended that was admitted; ``err`` is None for a good answer."""
+        if place in self._spared:
+            return
         match err:
             case Offline() | HostUnknown():
                 self._give_up(place, trial)

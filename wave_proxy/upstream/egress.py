@@ -258,6 +258,11 @@ class Egress:
         """The registries that have settings of their own."""
         return frozenset(self._endpoints)
 
+    @property
+    def own(self) -> frozenset[str]:
+        """The names of this server itself."""
+        return frozenset(host for host, endpoint in self._endpoints.items() if endpoint.is_own)
+
     def endpoint(self, registry: str) -> Endpoint:
         """Where that registry is reached: as configured, else by its name."""
         return self._endpoints.get(registry) or endpoint_for(registry)

@@ -170,7 +170,7 @@ class Registry:
         self._bearers = BearerTokens(egress)
         self._challenges: dict[str, Challenge] = {}  # by endpoint URL: the next request need not ask first
         self.stats = UpstreamStats(named=egress.configured | {DOCKER_HUB})
-        self._breakers = Breakers()
+        self._breakers = Breakers(spared=egress.own)  # it answers for many registries
         self._limits = limits or Limits()
         self._transfers = Transfers(egress, self._retried, self._slot, self._limits, parallel)
 
