@@ -17,7 +17,7 @@ from api.pages.assets import Assets
 from api.pages.landing import Landing
 from api.pages.reference import ReferencePage
 from api.reference import Reference
-from api.replies import framework_error, json_reply
+from api.replies import framework_error, json_reply, reason_of
 from api.service import Health, favicon, robots, service_info
 from api.shield import Shield
 from wave_proxy.errors import AccessTokenRefused, BodyTooLarge, TooManyRequests, Unauthorized, WaveError
@@ -64,9 +64,9 @@ def create_app(
 
 async def _answer_error(_: Request, error: Exception) -> Response:
     failure = cast(WaveError, error)
+    headers = reason_of(failure)
     if isinstance(failure, Unauthorized):
-        return Response(status_code=401, headers={"WWW-Authenticate": _challenge(failure)})
-    headers = {}
+        return Response(status_code=401, headers={**headers, "WWW-Authenticate": _challenge(failure)})
     if failure.retry_after_s is not None:
         headers["Retry-After"] = str(failure.retry_after_s)
     if isinstance(failure, TooManyRequests) and failure.limit is not None:

@@ -28,7 +28,11 @@ _SERIES: dict[str, tuple[Kind, str]] = {
 }
 _DAY = compile_pattern(r"\d{4}-\d{2}-\d{2}", ASCII)
 
-_DATE = Parameter("date", "Those of one day: `2026-01-31`.", {"type": "string", "pattern": f"^{_DAY.pattern}$"})
+_DATE = Parameter(
+    "date",
+    "Those of one day: `2026-01-31`. A day that no calendar has counts none.",
+    {"type": "string", "pattern": f"^{_DAY.pattern}$"},
+)
 _ORGANISATION = Parameter("org", "Those of one organisation: the domain of its users' e-mail addresses.")
 _ARCHITECTURE = Parameter("arch", "Those for one architecture.", {"type": "string", "enum": list(ARCHITECTURES)})
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from starlette.responses import Response
+
+from wave_proxy.errors import WaveError
 
 JSON = "application/json"
 
 # No document has these outside of its texts: spelled in another way, it means nothing to who takes it for a page.
 _MARKUP = ((b"<", b"\\u003c"), (b">", b"\\u003e"), (b"&", b"\\u0026"))
+_MAX_REASON_CHARS = 500
 _NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 
 
@@ -27,6 +31,11 @@ def repeated(seconds: float, *names: str) -> dict[str, str]:
     It does so for that long, as long as none of the tokens and jobs with these ``names`` ends or changes.
     """
     return {"X-Wave-Repeat": " ".join((f"{max(seconds, 0.0):.3f}", *names))}
+
+
+def reason_of(error: WaveError) -> dict[str, str]:
+    """The header by which the proxy in front, which takes it off, logs why a request failed: a code, then a text."""
+    return {"X-Wave-Reason": quote(f"{error.code} {error}"[:_MAX_REASON_CHARS], safe=" !\"'(),./:;=@[]{}")}
 
 
 def framework_error(

@@ -356,7 +356,8 @@ class Submission(Claiming):
     mirror: bool | None = None  # before buildRepository, whose rules depend on it
     """Whether the image is to be copied to `buildRepository`, with all its platforms and digests."""
     container_image: Annotated[ImageName | None, _ABSENT] = None
-    """The image to serve, such as `docker.io/library/ubuntu:24.04`. With `packages`: the one that they go on top of."""
+    """The image to serve, such as `docker.io/library/ubuntu:24.04`: in lower case, but for the tag. With `packages`:
+    the one that they go on top of."""
     container_file: Annotated[
         Annotated[str, _size_rule("Container", MAX_CONTAINER_FILE_CHARS)] | None, _ABSENT, Field(repr=False)
     ] = None

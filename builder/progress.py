@@ -58,7 +58,7 @@ class Progress:
         size = format_size(sum(to_send.values()))
         text = f"sent {len(self._done)} of {len(to_send)} blobs, {format_size(sent)} of {size}"
         if self._there:
-            text += f"; {len(self._there)} were there already"
+            text += f"; {len(self._there)} did not have to be"
         self._said_at = monotonic()
         if text != self._said:
             self._said = text

@@ -37,9 +37,9 @@ to send requests from; `/openapi.json` is the same as an OpenAPI 3.1 document. T
 
 It is the API of Seqera's Wave. Members without a value are left out of answers. In requests, unknown members are
 ignored, null and empty text mean that a member is absent, a single value stands for an array of one, and digits in a
-string for a number. Errors have a JSON body with `message`, but for 401 and most of 404, whose body is empty. Every
-endpoint also answers 405 (to crawlers, and where the operator has closed it), 500 and 503. Images are pulled at `/v2/`,
-as the OCI distribution specification has it.
+string for a number. Errors have a JSON body with `message`, but for 401, most of 404, and `GET /`, whose body is empty.
+Every endpoint also answers 405 (to another method, to crawlers, and where the operator has closed it), 500 and 503.
+Images are pulled at `/v2/`, as the OCI distribution specification has it.
 """
 
 

@@ -169,10 +169,10 @@ async def test_blobs_are_taken_from_where_the_last_mirror_put_them(scene: Scene)
     scene.to.log.clear()
     made = image([base, second])
     assert await scene.mirror(made, "lab/second") == made.digest
-    assert f">> {base.digest[:19]} is taken from lab/first" in scene.log
+    assert f">> {base.digest[:19]} is lent by lab/first" in scene.log
     assert scene.to.received == received + second.size + made.blobs[0].size
     assert scene.to.blobs["lab/second", base.digest] == base.content
-    assert scene.log[-2].endswith("; 1 were there already")
+    assert scene.log[-2].endswith("; 1 did not have to be")
 
 
 async def test_a_repository_that_is_gone_is_no_obstacle(scene: Scene) -> None:

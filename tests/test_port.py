@@ -1,5 +1,6 @@
 """The port as clients reach it: TLS and IPv6, several workers on one port, the api behind it."""
 
+import json
 import socket
 import ssl
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.identified import issue
-from tests.servers import WaveProxy, http_request
+from tests.servers import WaveProxy, free_port, http_request
 from wave_proxy.image.oci import digest_of
 from wave_proxy.serve.tls import TlsInvalid, server_context
 
@@ -107,6 +108,25 @@ def test_neither_tokens_nor_passwords_are_logged(upstream: Registry, wave: Wave)
     assert '"request"' in proxy.stderr
     secrets = [answer["containerToken"], "password-1", access_token.rpartition("-")[2]]
     assert [secret for secret in secrets if secret in proxy.stderr] == []
+
+
+def test_why_a_request_failed_is_logged_and_no_header_of_ours_gets_out(wave: Wave) -> None:
+    """Whether the proxy or the api has answered."""
+    gone = f"127.0.0.1:{free_port()}"
+    proxy = wave(upstreams=[gone])
+    asked = {"containerImage": f"{gone}/lib/app:v1", "containerConfig": {"env": ["A=1"]}}
+    answers = [
+        proxy.request("GET", f"/v2/{gone}/lib/app/manifests/v1"),
+        proxy.request("POST", "/v1alpha2/container", body=asked),
+    ]
+    assert proxy.stop() == 0
+    logged = [json.loads(line) for line in proxy.stderr.splitlines() if '"event": "request"' in line]
+    assert [line["status"] for line in logged] == [answer.status for answer in answers] == [503, 503]
+    for line, answer in zip(logged, answers, strict=True):
+        assert line["reason"] in answer.body.decode().replace('\\"', '"')
+        assert gone in line["reason"]
+        assert line["code"].isupper()
+        assert not [name for name in answer.headers if name.lower().startswith("x-wave")]
 
 
 def test_a_client_cannot_say_which_address_it_has(upstream: Registry, wave: Wave) -> None:

@@ -57,7 +57,7 @@ async def test_image_is_pushed_once(tmp_path: Path, layout: Path) -> None:
         async with client_of(address) as registry:
             reference = Reference(address, "a/b", "1")
             assert await publish(registry, layout, reference, on_progress=told.append) == IMAGE.digest
-            assert sum("is sent" in line for line in told) == 3
+            assert sum("is being sent" in line for line in told) == 3
             told.clear()
             again = Reference(address, "a/b", "2")
             assert await publish(registry, layout, again, on_progress=told.append) == IMAGE.digest
@@ -91,7 +91,7 @@ async def test_blob_is_mounted_out_of_another_repository(tmp_path: Path, layout:
             to = Reference(address, "to/there", "1")
             await push(registry, content, never, to, on_progress=told.append, mount_from=there)
         assert pull(address, "to/there", "1").manifest == IMAGE.manifest
-    assert sum("is taken from from/here" in line for line in told) == 3
+    assert sum("is lent by from/here" in line for line in told) == 3
 
 
 async def test_token_is_for_pulling_and_pushing_and_for_the_mount(layout: Path) -> None:

@@ -216,7 +216,7 @@ def test_malformed_tokens(path: str) -> None:
     with pytest.raises(NameUnknown) as caught:
         parse_route("GET", path)
     assert (caught.value.status, caught.value.code) == (404, "NAME_UNKNOWN")
-    assert "was never issued, has expired, or is for another image" in str(caught.value)
+    assert "was never issued, has expired or was ended, or is for another image" in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "get", "CONNECT", ""])

@@ -371,7 +371,8 @@ class QuotaSettings(_Section):
     `"<max>/<duration>"` or `"off"`. A pull is one GET of an image's manifest: what a HEAD, an index, a config or a
     blob asks for is not counted. IPv6 addresses count by /64. Who is over a limit gets status 429 with the time until
     there is room again in its message and in `RateLimit-Reset`. `Retry-After` says that too, but 60 seconds at most, as
-    clients sleep for as long as it says.
+    clients sleep for as long as it says. A limit's time is reckoned in 600 steps: a use counts for up to two of them
+    longer, with `"1/1h"` for 12 seconds.
     """
 
     pull_anonymous: Quota = Field("100/1h", description="Pulls without a user.")

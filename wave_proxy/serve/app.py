@@ -1,5 +1,6 @@
 """The port's handler: ``/v2/`` to the pull path, everything else to the api, and errors in the shape of each."""
 
+from dataclasses import replace
 from errno import EMFILE, ENFILE
 from logging import INFO, WARNING
 from re import compile as compile_pattern
@@ -58,7 +59,7 @@ class App:
                 raise RequestInvalid(f"the request's target {target} is not a path that begins with /, and without #")
             reply = await (self._puller.answer(request) if registry else self._forwarder.answer(request))
         except WaveError as err:
-            error, reply = err, _error_reply(err, registry)
+            error, reply = err, replace(_error_reply(err, registry), reason=f"{err.code} {err}")
         except (ConnectionError, TimeoutError):
             raise
         except Exception as err:
@@ -81,9 +82,10 @@ class App:
 
     def _log_request(self, request: Request, reply: Reply, error: WaveError | None, began: float) -> None:
         # What the operator can mend counts as failed, whatever its status says to the client.
-        failed = reply.status >= 500 or isinstance(error, (Denied, HostUnknown))
+        failed = reply.status >= 500 or reply.status == Denied.status or isinstance(error, HostUnknown)
         if self._log_requests == "all" or (self._log_requests == "failed" and failed):
-            reason = {} if error is None else {"code": error.code, "reason": _TOKEN.sub(r"\1…", str(error))}
+            code, _, text = reply.reason.partition(" ")
+            reason = {"code": code, "reason": _TOKEN.sub(r"\1…", text)} if code else {}
             _log.log(
                 WARNING if failed else INFO,
                 "request",

@@ -28,7 +28,9 @@ _REPEAT_HEADER = "x-wave-repeat"
 _REPEATED = "/status"  # what these targets end with: thousands ask for them several times a second
 _REPEATED_BYTES = 1 << 14
 
-_OURS = frozenset({"content-length", "date", _REPEAT_HEADER})
+_REASON_HEADER = "x-wave-reason"  # from the api, for our log: why the answer is an error
+
+_OURS = frozenset({"content-length", "date", _REPEAT_HEADER, _REASON_HEADER})
 
 _SMALL_BYTES = 1 << 18
 _SMALL_BODY_S = 60.0
@@ -134,7 +136,8 @@ def _reply(response: aiohttp.ClientResponse) -> Reply:
         for name, value in response.headers.items()
         if name.lower() not in _HOP_BY_HOP and name.lower() not in _OURS
     ]
-    return Reply(response.status, headers, _Stream(response), length=response.content_length)
+    reason = unquote(response.headers.get(_REASON_HEADER, ""), errors="replace")
+    return Reply(response.status, headers, _Stream(response), length=response.content_length, reason=reason)
 
 
 def _terms(response: aiohttp.ClientResponse) -> Terms | None:

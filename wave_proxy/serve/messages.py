@@ -100,7 +100,7 @@ class Terms:
 class Reply:
     """An answer. ``length`` is that of the body when it is a stream of known length or is not sent (HEAD).
 
-    Without ``terms`` it is for this request only.
+    Without ``terms`` it is for this request only. ``reason`` is for the log: an error's code, and its text.
     """
 
     status: int
@@ -109,6 +109,7 @@ class Reply:
     length: int | None = None
     close: bool = False
     terms: Terms | None = None
+    reason: str = ""
 
     def content_length(self) -> int | None:
         """Length of the body in bytes; None when only its end will tell."""

@@ -51,7 +51,8 @@ class Route:
 def unknown_token(token: str) -> NameUnknown:
     """The one answer for a token that is malformed, unknown, deleted, or for another repository."""
     return NameUnknown(
-        f"Unknown Wave container for token '{token[:32]}': it was never issued, has expired, or is for another image"
+        f"Unknown Wave container for token '{token[:32]}': it was never issued, has expired or was ended, or is for "
+        "another image"
     )
 
 

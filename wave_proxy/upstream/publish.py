@@ -153,7 +153,7 @@ class _Push:
         name = f"{blob.digest[:19]} ({format_size(blob.size)})"
         async with self._slots:
             is_there = await self._patiently(name, lambda: self._has(blob))
-            self._say(f"{name} is {'there already' if is_there else 'sent'}")
+            self._say(f"{name} is {'there already' if is_there else 'being sent'}")
             upload = _Upload(blob)
             if not is_there:
                 await self._patiently(name, lambda: self._send(upload))
@@ -192,7 +192,7 @@ class _Push:
         response.release()
         upload.mounted = response.status == 201
         if upload.mounted:
-            self._say(f"{digest[:19]} is taken from {source or 'another repository'}")
+            self._say(f"{digest[:19]} is lent by {source or 'another repository'}")
             return True
         upload.location, upload.offset = self._registry.upload_location(response, self._target.registry), 0
         return False
