@@ -18,6 +18,8 @@ _DISK_INTERVAL_S = 0.5
 _DISK_WALK_INTERVAL_S = 15.0
 _TAIL_BYTES = 64 << 10
 _MIN_FREE_BYTES = 512 << 20
+_MIN_FREE_FILES = 0.02  # of all that the file system can have
+_LEAST_BYTES = 4096  # an empty file counts for: it takes one of a limited number
 _KINDS: frozenset[Kind] = frozenset(("memory", "processes"))
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MUCH_SHARED_BYTES = 32 << 20
@@ -144,6 +146,10 @@ class Watchdog:
                 return BuildFailed(
                     f"no space: the builder's disk has only {format_size(free)} left; free some, or give it more"
                 )
+            if (files := _free_files(self._folder)) < _MIN_FREE_FILES:
+                return BuildFailed(
+                    f"no space: the builder's disk can have only {files:.1%} of its files more; remove some"
+                )
             if walked - free > self._limits.disk // 20 or loop.time() - start > _DISK_WALK_INTERVAL_S:
                 if await asyncio.to_thread(disk_usage, self._folder) > self._limits.disk:
                     return too_much_disk(self._limits)
@@ -156,6 +162,12 @@ def too_much_disk(limits: Limits) -> BuildFailed:
         f"no space: the build used more than its limit of {format_size(limits.disk)} of disk; install less, or raise "
         "[build] disk"
     )
+
+
+def _free_files(folder: Path) -> float:
+    """Which part of the files that its file system can have are not there yet; 1 when it has no such limit."""
+    status = os.statvfs(folder)
+    return status.f_favail / status.f_files if status.f_files else 1.0
 
 
 def _free(folder: Path) -> int:
@@ -275,5 +287,5 @@ def disk_usage(folder: Path) -> int:
                     if status.st_ino in seen:
                         continue
                     seen.add(status.st_ino)
-                total += status.st_blocks * 512
+                total += max(status.st_blocks * 512, _LEAST_BYTES)
     return total

@@ -265,6 +265,16 @@ async def test_a_full_disk_ends_the_box(folder: Path, monkeypatch: pytest.Monkey
         await run_in_box(folder, "sleep 100")
 
 
+async def test_a_disk_with_as_many_files_as_it_can_have_ends_the_box(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not os.statvfs(folder).f_files:
+        pytest.skip("this file system has no limit on files")
+    monkeypatch.setattr(builder.limits, "_MIN_FREE_FILES", 1.1)
+    with pytest.raises(BuildFailed, match=r"^no space: the builder's disk can have only .*% of its files more"):
+        await run_in_box(folder, "sleep 100")
+
+
 async def test_files_that_were_removed_again_do_not_count(folder: Path) -> None:
     script = "for i in 1 2 3 4 5 6; do dd if=/dev/zero of=f bs=1M count=60 2>/dev/null; rm f; sleep 0.2; done"
     assert await run_in_box(folder, script, limits=replace(LIMITS, disk=100 * 10**6)) == (0, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from builder.cgroup import Cgroup, Parent, find_parents, remove_leftovers
-from builder.limits import Limits, exceeded, stored_bytes, usage
+from builder.limits import Limits, disk_usage, exceeded, stored_bytes, usage
 
 
 class Kernel:
@@ -175,6 +175,12 @@ def test_what_a_family_uses_is_counted_whole() -> None:
         process.communicate()
     assert used.processes == 2
     assert 110_000_000 < used.memory < 160_000_000
+
+
+def test_files_with_nothing_in_them_take_up_the_disk(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / str(number)).touch()
+    assert disk_usage(tmp_path) >= 400_000
 
 
 def test_a_disk_in_the_place_of_a_memory_file_system_is_not_memory(tmp_path: Path) -> None:
