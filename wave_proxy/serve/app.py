@@ -35,6 +35,8 @@ from wave_proxy.serve.stats import RequestStats
 _log = structlog.get_logger()
 
 _TOKEN = compile_pattern(r"\b([0-9a-f]{4})[0-9a-f]{28}\b")
+# A user and password before a host, as people type them; behind the `@` of a tag there is a digest.
+_LOGIN = compile_pattern(r"""(?<=//)[^\s'"@]+@|[^\s'"/@]+:[^\s'"/@]+@(?!sha\d)""")
 
 LogRequests = Literal["all", "failed", "none"]
 
@@ -85,7 +87,7 @@ class App:
         failed = reply.status >= 500 or reply.status == Denied.status or isinstance(error, HostUnknown)
         if self._log_requests == "all" or (self._log_requests == "failed" and failed):
             code, _, text = reply.reason.partition(" ")
-            reason = {"code": code, "reason": _TOKEN.sub(r"\1…", text)} if code else {}
+            reason = {"code": code, "reason": _LOGIN.sub("…@", _TOKEN.sub(r"\1…", text))} if code else {}
             _log.log(
                 WARNING if failed else INFO,
                 "request",
