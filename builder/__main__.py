@@ -165,6 +165,7 @@ def main() -> int:
         print(f"error: {err}", file=sys.stderr)  # noqa: T201
         return 2
     configure(settings.log.format, settings.log.level, "builder")
+    os.umask(0o022)  # files of builds have it from here; their folders are for this user alone
     if not settings.redis_url.get_secret_value():
         log.error("redis_url is empty: a builder on its own needs the Redis that the proxy uses; set WAVE_REDIS_URL")
         return 2

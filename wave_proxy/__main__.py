@@ -29,6 +29,7 @@ from wave_proxy.supervisor import (
     claim_folder,
     claim_port,
     fail,
+    make_private,
     redis_command,
     runtime_folder,
 )
@@ -323,6 +324,7 @@ def _become(module: str, config: Path | None, overrides: dict[str, Any]) -> None
     if not settings.redis_url.get_secret_value():
         raise typer.Exit(fail(_NEEDS_REDIS.format(module)))
     try:
+        make_private(settings.data)
         arguments = ["--socket", str(runtime_folder(settings.data) / "api.sock")] if module == "api" else []
     except (StartFailed, OSError) as err:
         raise typer.Exit(fail(str(err))) from None
@@ -357,6 +359,7 @@ def _supervise(config: Path | None, overrides: dict[str, Any], parts: tuple[str,
     try:
         if "api" not in parts and not settings.redis_url.get_secret_value():
             raise StartFailed(_NEEDS_REDIS.format("proxy"))
+        make_private(settings.data)
         lock = claim_folder(settings.data) if "api" in parts else None
         if settings.tls_cert:
             server_context(settings.tls_cert, settings.tls_key)

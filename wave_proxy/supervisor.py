@@ -32,6 +32,8 @@ _START_LIMIT_S = 60.0
 _MAX_SOCKET_PATH = 100  # in a data folder; longer ones are in the folder for temporary files
 _SOCKET_PATH_LIMIT = 107  # sockaddr_un has 108 bytes, and the last is NUL
 _PR_SET_PDEATHSIG = 1
+# What earlier versions have left open to all users of the machine.
+_FOLDERS = ("blobs", "grants", "local", "manifests", "permissions", "spool", "tags")
 _libc = ctypes.CDLL(None)
 
 
@@ -177,13 +179,31 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def claim_folder(data: Path) -> IO[str]:
-    """Create the data folder if need be, and lock it for this process. Raises StartFailed."""
+def make_private(data: Path) -> None:
+    """Create the data folder if need be; what is in it, now and later, is for this user alone. Raises StartFailed.
+
+    A folder that was there before may have others' files in it, and stays open as it is.
+    """
+    os.umask(0o077)
     try:
         data.mkdir(parents=True, exist_ok=True)
+        for name in _FOLDERS:
+            with suppress(FileNotFoundError):
+                os.chmod(data / name, 0o700)
+    except OSError as err:
+        raise _not_writable(data, err) from None
+
+
+def _not_writable(data: Path, err: OSError) -> StartFailed:
+    return StartFailed(f"data folder {data} can't be written: {err.strerror}; choose another with --data")
+
+
+def claim_folder(data: Path) -> IO[str]:
+    """Lock the data folder for this process. Raises StartFailed."""
+    try:
         lock = open(data / "lock", "w")  # noqa: SIM115  # held for the life of the process
     except OSError as err:
-        raise StartFailed(f"data folder {data} can't be written: {err.strerror}; choose another with --data") from None
+        raise _not_writable(data, err) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
