@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -19,7 +20,8 @@ from builder.engines.buildah import Buildah
 from builder.engines.buildkit import BuildKit
 from builder.engines.missing import MissingEngine
 from builder.fetching import Fetching
-from builder.gate import Gate
+from builder.forward import Forward, variables
+from builder.gate import Gate, Place
 from builder.lending import Lending
 from builder.limits import Limits
 from builder.mirror import Mirrors
@@ -143,12 +145,16 @@ async def _engine(settings: "Settings", egress: Egress, own: Login | None) -> En
     """
     build = settings.build
     limits = Limits(build.memory, build.processes, build.disk, build.log_bytes)
-    gate = Gate(egress, settings.own_url, build.allow_private, own) if build.network == "isolated" else None
+    is_isolated = build.network == "isolated"
+    forward = Forward(egress, build.proxy) if build.proxy else None
+    gate = Gate(egress, settings.own_url, build.allow_private, own, forward) if is_isolated else None
+    near = [Place.parse(text, 443).host for text in (urlsplit(settings.own_url).netloc, *build.allow_private)]
     engine: Engine
     if build.engine == "buildkit":
         engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
     else:
-        engine = Buildah(limits, gate, settings.own_url, settings.authority)
+        told = variables(build.proxy, near) if build.proxy else None
+        engine = Buildah(limits, gate, settings.own_url, settings.authority, told)
     try:
         await engine.check()
     except EngineMissing as err:

@@ -63,17 +63,18 @@ class Run:
 
 
 class Boxes:
-    """Makes boxes with these limits. Without a ``gate`` they have the machine's network."""
+    """Makes boxes with these limits. Without a ``gate`` they have the machine's network, and ``variables`` about it."""
 
-    def __init__(self, limits: Limits, gate: Gate | None) -> None:
+    def __init__(self, limits: Limits, gate: Gate | None, variables: Mapping[str, str] | None = None) -> None:
         self._limits = limits
         self._gate = gate
+        self._variables = variables or {}
         self._parents: tuple[Parent, ...] | None = None
         self._warned = False
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
         """The environment of a program: nothing of the builder's own."""
-        proxy = self._gate.environment if self._gate else {}
+        proxy = self._gate.environment if self._gate else self._variables
         return {"PATH": _PATH, "HOME": str(HOME), "LANG": "C.UTF-8", **proxy, **more}
 
     async def run(self, run: Run) -> int:

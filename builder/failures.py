@@ -142,8 +142,8 @@ _RULES = (
     _rule(
         r"^(.*(?:temporary failure in name resolution|could not resolve host|name or service not known"
         r"|network is unreachable|bad address '|unable to resolve host).*)$",
-        "no network: {0}; builds reach the internet through http_proxy and https_proxy, which this program does not "
-        "use, or the host does not exist",
+        "no network: {0}; the host does not exist, or the program does not use http_proxy and https_proxy, which are "
+        "the only way out of isolated builds",
     ),
 )
 

@@ -15,7 +15,8 @@ from ipaddress import ip_address
 from re import compile as compile_pattern
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
-from wave_proxy.errors import AddressRefused, UpstreamTimeout, WaveError, clip
+from builder.forward import Connection, Forward, variables
+from wave_proxy.errors import AddressRefused, Offline, UpstreamTimeout, WaveError, clip
 from wave_proxy.upstream.bearer import basic_authorization
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress
@@ -26,6 +27,7 @@ _HEAD_S = 30.0
 _MAX_HEAD_BYTES = 64 << 10
 _CHUNK_BYTES = 64 << 10
 _PROXY_PORT = 3128
+_OTHER_WAY_OUT = "where a proxy is the only way out of this network, the operator names it in [build] proxy"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _GREETING = (  # of a registry, which has clients send the login that they have
     b'HTTP/1.1 200 OK\r\nWWW-Authenticate: Basic realm="wave-proxy"\r\nDocker-Distribution-Api-Version: registry/2.0'
@@ -118,12 +120,20 @@ class Gate:
     """What builds may reach: public addresses, those of ``allow_private`` (``host:port``), and wave-proxy at ``url``.
 
     Of wave-proxy a build sees what it needs to pull images by token, and the repository that it may push to. The
-    ``login`` for that stays here: with it, one could do more than push there.
+    ``login`` for that stays here: with it, one could do more than push there. ``forward`` leads to all but those named.
     """
 
-    def __init__(self, egress: Egress, url: str, allow_private: Iterable[str] = (), login: Login | None = None) -> None:
+    def __init__(
+        self,
+        egress: Egress,
+        url: str,
+        allow_private: Iterable[str] = (),
+        login: Login | None = None,
+        forward: Forward | None = None,
+    ) -> None:
         self._login = login
         self._egress = egress
+        self._forward = forward
         parts = urlsplit(url)
         self._tls = parts.scheme == "https"
         self._proxy = Place.parse(parts.netloc, _DEFAULT_PORTS[parts.scheme])
@@ -147,9 +157,7 @@ class Gate:
     @property
     def environment(self) -> dict[str, str]:
         """What tells a build's programs of the proxy."""
-        url, direct = f"http://{self._gate}", "localhost,127.0.0.1,::1"
-        lower = {"http_proxy": url, "https_proxy": url, "ftp_proxy": url, "no_proxy": direct}
-        return lower | {name.upper(): value for name, value in lower.items()}
+        return variables(f"http://{self._gate}")
 
     @asynccontextmanager
     async def serve(
@@ -179,39 +187,43 @@ class Gate:
         self, log: Log, registry: Place | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         head = await _read_head(reader)
-        if head.method == "CONNECT":
-            place, request = _place_of(head.target, 443), b""
+        parts = None if head.method == "CONNECT" else _split_url(head.target)
+        place = _place_of(parts.netloc, 80) if parts else _place_of(head.target, 443)
+        forward = None if self._is_near(place, registry) else self._forward
+        if forward is None:
+            connecting = self._connect(place, strict=place != registry or place == self._proxy)
         else:
-            parts = _split_url(head.target)
-            place = _place_of(parts.netloc, 80)
-            path = parts.path or "/"
-            request = head.encode(f"{path}?{parts.query}" if parts.query else path, parts.netloc)
-        with _Closing(await self._connect(place, log, strict=place != registry or place == self._proxy)) as (
-            upstream,
-            sender,
-        ):
-            if request:
-                sender.write(request)
+            connecting = (forward.connect if parts else forward.tunnel)(place.host, place.port)
+        with _Closing(await self._connected(place, log, connecting)) as (upstream, sender):
+            if parts:
+                sender.write(_passed_on(head, parts, forward))
             else:
                 writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
             await _tunnel(reader, writer, upstream, sender)
 
-    async def _connect(
-        self, place: Place, log: Log, *, strict: bool
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    def _is_near(self, place: Place, registry: Place | None) -> bool:
+        """Whether a place is in our own network, so that no proxy leads there."""
+        name = place.host if place.port == _DEFAULT_PORTS["https"] else str(place)
+        return place in self._allowed or (place == registry and self._egress.endpoint(name).allow_private)
+
+    async def _connect(self, place: Place, *, strict: bool) -> Connection:
+        return await self._egress.connect(place.host, place.port, allow_private=place in self._allowed, strict=strict)
+
+    async def _connected(self, place: Place, log: Log, connecting: Awaitable[Connection]) -> Connection:
+        """The connection to a place; when there is none, the log and the build are told why."""
         try:
-            return await self._egress.connect(
-                place.host, place.port, allow_private=place in self._allowed, strict=strict
-            )
+            return await connecting
         except AddressRefused as err:
             text = f"refused by wave-proxy: {place} is at a private or loopback address; to let builds reach it, add "
             text += f'"{place}" to [build] allow_private'
             log(f"network: {text}\n".encode())
             raise _Refused("403 Forbidden", text) from err
         except WaveError as err:
-            log(f"network: {err}\n".encode())
+            has_hint = self._forward is None and place not in self._allowed and not isinstance(err, Offline)
+            text = f"{err}; {_OTHER_WAY_OUT}" if has_hint else str(err)
+            log(f"network: {text}\n".encode())
             status = "504 Gateway Timeout" if isinstance(err, UpstreamTimeout) else "502 Bad Gateway"
-            raise _Refused(status, str(err)) from err
+            raise _Refused(status, text) from err
 
     async def _serve_wave(
         self, writable: Writable | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -329,13 +341,21 @@ def _split_url(text: str) -> SplitResult:
     return parts
 
 
+def _passed_on(head: _Head, parts: SplitResult, forward: Forward | None) -> bytes:
+    """A request as the server is to get it, or the proxy on the way there."""
+    path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    if forward is None:
+        return head.encode(path, parts.netloc)
+    return replace(head, lines=(*head.lines, *forward.fields)).encode(f"http://{parts.netloc}{path}", parts.netloc)
+
+
 class _Closing:
     """A connection that is closed with the block."""
 
-    def __init__(self, connection: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def __enter__(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    def __enter__(self) -> Connection:
         return self._connection
 
     def __exit__(self, *_: object) -> None:

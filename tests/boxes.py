@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 
 from builder.box import Boxes, BoxUnavailable, Run
+from builder.forward import Forward
 from builder.gate import Gate
 from builder.limits import Limits, Meter
 from wave_proxy.upstream.egress import Egress
@@ -34,11 +35,11 @@ def why_no_box() -> str:
 
 
 @asynccontextmanager
-async def gate(*allowed: str, url: str = NO_PROXY) -> AsyncIterator[Gate]:
-    """A gate that lets through to these private addresses."""
+async def gate(*allowed: str, url: str = NO_PROXY, proxy: str = "") -> AsyncIterator[Gate]:
+    """A gate that lets through to these private addresses, and to all others through ``proxy``."""
     egress = Egress({}, connect_timeout_s=5)
     try:
-        yield Gate(egress, url, allowed)
+        yield Gate(egress, url, allowed, forward=Forward(egress, proxy) if proxy else None)
     finally:
         await egress.close()
 

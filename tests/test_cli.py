@@ -112,13 +112,14 @@ def test_config_prints_what_is_in_effect_and_hides_secrets(tmp_path: Path) -> No
     file = tmp_path / "wave.toml"
     file.write_text(
         'port = 1234\n[registries."quay.io"]\nusername = "me"\npassword = "hidden-1"\n'
-        f'[accounts]\nadmin = "sha256:{"0dd" * 21}f"\n'
+        f'[accounts]\nadmin = "sha256:{"0dd" * 21}f"\n[build]\nproxy = "http://me:hidden-2@proxy.cluster:3128"\n'
     )
     result = run("config", "--config", file, env={"WAVE_PORT": "4321", "WAVE_CACHE__TAG_TTL": "5m"})
     shown = tomllib.loads(result.stdout)
     assert result.returncode == 0
     assert (shown["port"], shown["cache"]["tag_ttl"]) == (4321, "5m")
     assert shown["registries"]["quay.io"]["username"] == "me"
+    assert shown["build"]["proxy"] == "http://**********@proxy.cluster:3128"
     assert "hidden" not in result.stdout + result.stderr
     assert "0dd0dd" not in result.stdout + result.stderr
 

@@ -24,6 +24,7 @@ from builder.engines.buildah import Buildah, check_version, compression_options
 from builder.engines.buildkit import BuildKit, build_options, cache_options, named_images, output_options
 from builder.engines.registries import registries_conf, translate_auth
 from builder.failures import OUT_OF_MEMORY, TIMED_OUT, BuildFailed
+from builder.forward import variables
 from builder.limits import Limits
 from builder.pipeline import check_platforms
 from tests.boxes import LIMITS, NO_PROXY, gate, until_there, why_no_box
@@ -329,6 +330,21 @@ class TestBuildah:
         assert why.reason.startswith("network refused: ")
         assert f'add "{place}" to [build] allow_private' in why.reason
 
+    async def test_a_proxy_leads_to_the_world(self, tmp_path: Path, registry: str) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append((await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0])
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+            writer.close()
+
+        asked: list[bytes] = []
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        proxy = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, gate(registry, proxy=proxy) as way_out:
+            made = Workshop(tmp_path, registry, Buildah(LIMITS, way_out, NO_PROXY, AUTHORITY))
+            built = await made.build("FROM busybox\nRUN /bin/busybox wget -qO- http://nosuch.invalid/x\n")
+        assert "hello" in built.log
+        assert asked == [b"GET http://nosuch.invalid/x HTTP/1.1"]
+
     async def test_what_is_allowed_is_in_reach(self, tmp_path: Path, registry: str) -> None:
         with Upstream() as server:
             async with workshop(tmp_path, registry, server.address) as shop:
@@ -472,6 +488,13 @@ class TestBuildah:
         assert made.engine.registry == registry
         built = await made.build(f"FROM busybox\nRUN /bin/busybox wget -qO- http://{registry}/v2/ && env\n")
         assert "http_proxy" not in built.log
+
+    async def test_with_that_network_builds_are_told_of_a_proxy(self, tmp_path: Path, registry: str) -> None:
+        told = variables("http://proxy.cluster:3128", ["127.0.0.1", "conda.cluster"])
+        made = Workshop(tmp_path, registry, Buildah(LIMITS, None, f"http://{registry}", AUTHORITY, told))
+        built = await made.build("FROM busybox\nRUN echo to $http_proxy $HTTPS_PROXY but $no_proxy\n")
+        proxy = "http://proxy.cluster:3128"
+        assert f"to {proxy} {proxy} but localhost,127.0.0.1,::1,conda.cluster\n" in built.log
 
     async def test_a_machine_without_buildah_is_told_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 import builder.gate
+from builder.forward import Forward
 from builder.gate import Gate, Place, Writable
 from tests.servers import free_port
 from wave_proxy.upstream.credentials import Login
@@ -70,10 +71,14 @@ class Scene:
 
 @asynccontextmanager
 async def gate(
-    *allowed: str, url: str = "http://127.0.0.1:9", writable: Writable | None = None, login: Login | None = None
+    *allowed: str,
+    url: str = "http://127.0.0.1:9",
+    writable: Writable | None = None,
+    login: Login | None = None,
+    proxy: str = "",
 ) -> AsyncIterator[Scene]:
     egress = Egress({}, connect_timeout_s=5)
-    way_out = Gate(egress, url, allowed, login)
+    way_out = Gate(egress, url, allowed, login, Forward(egress, proxy) if proxy else None)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in way_out.listen]
     scene = Scene(sockets)
     try:
@@ -204,6 +209,7 @@ async def test_only_the_port_that_is_allowed_is_open() -> None:
         ("CONNECT example.com:99999 HTTP/1.1\n\n", "400", ""),
         ("CONNECT /x HTTP/1.1\n\n", "400", "is not host:port"),
         ("GET http://nosuch.invalid/ HTTP/1.1\n\n", "502", "can't resolve nosuch.invalid"),
+        ("GET http://nosuch.invalid/ HTTP/1.1\n\n", "502", "the operator names it in [build] proxy"),
     ],
 )
 async def test_what_can_not_be_reached_is_said(request_head: str, status: str, text: str) -> None:
@@ -211,6 +217,94 @@ async def test_what_can_not_be_reached_is_said(request_head: str, status: str, t
         answer = await scene.ask(request_head)
     assert answer.startswith(f"HTTP/1.1 {status} ")
     assert text in answer
+
+
+async def test_a_forward_proxy_is_asked_for_what_is_not_named() -> None:
+    """In its own words, with its login, and for a name that this machine can't resolve."""
+    server, near = Server(), Server()
+    async with (
+        listening(server.serve) as proxy,
+        listening(near.serve) as allowed,
+        gate(allowed, proxy=f"http://me:p%40ss@{proxy}") as scene,
+    ):
+        head = "GET http://nosuch.invalid/a?b=c HTTP/1.1\nHost: x\nProxy-Authorization: Basic eDp5\nX-One: 1\n\n"
+        assert await scene.ask(head) == HELLO.decode()
+        assert await scene.ask(f"GET http://{allowed}/ HTTP/1.1\n\n") == HELLO.decode()
+    assert server.heads[0].split("\r\n") == [
+        "GET http://nosuch.invalid/a?b=c HTTP/1.1",
+        "Host: nosuch.invalid",
+        "X-One: 1",
+        "Proxy-Authorization: Basic bWU6cEBzcw==",
+        *("Connection: close", "", ""),
+    ]
+    assert [head.split("\r\n")[0] for head in near.heads] == ["GET / HTTP/1.1"]
+
+
+async def test_a_caches_registry_in_our_own_network_is_reached_without_the_forward_proxy() -> None:
+    server = Server()
+    async with listening(server.serve) as address:
+        egress = Egress({address: Endpoint(address, f"http://{address}", allow_private=True)}, connect_timeout_s=5)
+        way_out = Gate(egress, "http://127.0.0.1:9", forward=Forward(egress, f"http://127.0.0.1:{free_port()}"))
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in way_out.listen]
+        scene = Scene(sockets)
+        async with way_out.serve(sockets, scene.log.extend, None, address):
+            assert await scene.ask(f"GET http://{address}/v2/ HTTP/1.1\n\n") == HELLO.decode()
+        for item in sockets:
+            item.close()
+        await egress.close()
+
+
+async def test_a_forward_proxy_is_tunnelled_through() -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 Yes\r\nX: y\r\n\r\n")
+        writer.write((await reader.read(100)).upper())
+        writer.close()
+
+    async with listening(serve) as proxy, gate(proxy=f"http://{proxy}") as scene:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scene.ports[0])
+        writer.write(b"CONNECT nosuch.invalid:443 HTTP/1.1\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 200 Connection established\r\n\r\n"
+        writer.write(b"hello")
+        assert await reader.read() == b"HELLO"
+        writer.close()
+    assert heads == [b"CONNECT nosuch.invalid:443 HTTP/1.1\r\nHost: nosuch.invalid:443\r\n\r\n"]
+
+
+@pytest.mark.parametrize("place", [*PRIVATE, "localhost:80"])
+async def test_a_forward_proxy_is_not_asked_for_what_is_private(place: str) -> None:
+    server = Server()
+    async with listening(server.serve) as proxy, gate(proxy=f"http://{proxy}") as scene:
+        for head in (
+            f"GET http://{place}/ HTTP/1.1\n\n",
+            f"CONNECT {place}{'' if ':' in place else ':443'} HTTP/1.1\n\n",
+        ):
+            assert (await scene.ask(head)).startswith("HTTP/1.1 403 Forbidden\r\n")
+    assert server.heads == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", "answers with 'HTTP/1.1 407 Proxy Auth"),
+        (b"HTTP/1.1", "does not answer as one"),
+        (b"", "does not answer as one"),
+    ],
+)
+async def test_a_forward_proxy_that_refuses_is_said(answer: bytes, text: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with listening(serve) as proxy, gate(proxy=f"http://{proxy}") as scene:
+        said = await scene.ask("CONNECT nosuch.invalid:443 HTTP/1.1\n\n")
+    assert said.startswith("HTTP/1.1 502 Bad Gateway\r\n")
+    assert f"the proxy on the way to nosuch.invalid {text}" in said
+    assert f"network: the proxy on the way to nosuch.invalid {text}" in scene.log.decode()
+    assert "[build] proxy" not in said
 
 
 async def test_a_server_that_is_not_there_is_said() -> None:

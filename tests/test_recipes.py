@@ -617,3 +617,14 @@ def test_base64_is_strict(text: str, cause: str, field: str) -> None:
 )
 def test_base64_errors_name_the_field(make: Callable[[str], dict[str, Any]], field: str) -> None:
     assert refusal(**make("%%%")).startswith(f"Invalid '{field}' attribute")
+
+
+@pytest.mark.parametrize("template", [V1, V2, PIXI, INSTALLR])
+def test_the_page_names_what_a_mirror_must_hold(template: str) -> None:
+    """All images that a container file begins with when the request names none."""
+    kind = "CRAN" if template == INSTALLR else "CONDA"
+    made = recipe(packages={"type": kind, "entries": ["a"]}, buildTemplate=template)
+    images = re.findall(r"^FROM (\S+)", made.container_file, re.MULTILINE)
+    page = (Path(__file__).parent.parent / "docs" / "builds.md").read_text()
+    assert images
+    assert [image for image in images if f"`{image}`" not in page] == []

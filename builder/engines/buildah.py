@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 from secrets import token_hex
@@ -44,12 +45,19 @@ class Buildah:
     """Runs builds with buildah ≥ 1.28 in chroot isolation.
 
     ``proxy_url`` is wave-proxy as the builder reaches it, ``authority`` what the names of its own images begin with.
-    Without a ``gate`` builds have the machine's network.
+    Without a ``gate`` builds have the machine's network; ``variables`` tell them of the proxy that leads out of it.
     """
 
-    def __init__(self, limits: Limits, gate: Gate | None, proxy_url: str, authority: str) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        gate: Gate | None,
+        proxy_url: str,
+        authority: str,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._limits = limits
-        self._boxes = Boxes(limits, gate)
+        self._boxes = Boxes(limits, gate, variables)
         self._has_gate = gate is not None
         self._authority = authority
         self._registry = gate.registry if gate else urlsplit(proxy_url).netloc

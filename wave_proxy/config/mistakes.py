@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from wave_proxy.config.model import RegistrySettings, Settings
 from wave_proxy.errors import clip
 
-_SECRET_KEYS = ("password", "redis_url", "accounts", "secret", "pairing_token")
+_SECRET_KEYS = ("password", "proxy", "redis_url", "accounts", "secret", "pairing_token")
 _TABLES = {key: type(field.default) for key, field in Settings.model_fields.items() if key != "registries"}
 _SECTIONS = {key: model for key, model in _TABLES.items() if issubclass(model, BaseModel)}
 # Between our own processes, for clients on the same machine, and of the operator's set-up.

@@ -86,6 +86,18 @@ def _request_path(value: str) -> str:
     return value
 
 
+def _proxy_url(value: str) -> str:
+    parts = urlsplit(value)
+    if value and (parts.scheme not in ("http", "https") or not is_registry(parts.netloc.rpartition("@")[2])):
+        raise ValueError("expected http://host:port or https://host:port")
+    return value.rstrip("/")
+
+
+def _without_login(url: str) -> str:
+    scheme, slashes, rest = url.partition("//")
+    return f"{scheme}{slashes}{'**********@' if '@' in rest else ''}{rest.rpartition('@')[2]}"
+
+
 def _host_and_port(value: str) -> str:
     if not is_registry(value) or ":" not in value.rpartition("]")[2]:
         raise ValueError("expected host:port")
@@ -150,6 +162,7 @@ Quota = Annotated[str, BeforeValidator(_quota)]
 User = Annotated[str, AfterValidator(_user)]
 TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
 RequestPath = Annotated[str, AfterValidator(_request_path)]
+ProxyUrl = Annotated[str, AfterValidator(_proxy_url), PlainSerializer(_without_login, when_used="json")]
 HostAndPort = Annotated[str, AfterValidator(_host_and_port)]
 Repository = Annotated[str, AfterValidator(_repository)]
 LongSecret = Annotated[SecretStr, AfterValidator(_long_secret)]
@@ -170,7 +183,9 @@ class RegistrySettings(_Section):
     """
 
     endpoint: str = Field(
-        "", description="Where it is reached, with scheme: a mirror, a test. Empty: `https://<host>`."
+        "",
+        description="Where it is reached, with scheme: a mirror, a test. Empty: `https://<host>`. A path goes before "
+        "`/v2/`: `https://mirror/hub` is asked for `/hub/v2/library/busybox/…`.",
     )
     username: str = Field("", description="User for this registry.")
     password: SecretStr = Field(SecretStr(""), description="Password or access token of that user.")
@@ -187,7 +202,11 @@ class RegistrySettings(_Section):
         "Unset: only where `endpoint` names such an address.",
     )
     ca_file: Certificates = Field(None, description="Certificates (PEM) to trust for this host, besides the system's.")
-    proxy: str = Field("", description="Forward proxy (`http://host:port`) through which this registry is reached.")
+    proxy: ProxyUrl = Field(
+        "",
+        description="Forward proxy (`http://host:port`) through which this registry is reached. "
+        "`HTTPS_PROXY` and such in the environment are not used.",
+    )
     max_connections: int | None = Field(
         None, ge=1, description="As in `[upstream]`, for this registry. Unset: what is set there."
     )
@@ -221,7 +240,7 @@ class RegistrySettings(_Section):
             raise ValueError("insecure means plain http, which has no certificates: leave out insecure or ca_file")
         return self
 
-    @field_validator("endpoint", "proxy")
+    @field_validator("endpoint")
     @classmethod
     def _has_scheme(cls, value: str) -> str:
         if value and not value.startswith(("http://", "https://")):
@@ -443,6 +462,12 @@ class BuildSettings(_Section):
     allow_private: tuple[HostAndPort, ...] = Field(
         (),
         description="Private or loopback `host:port` that isolated builds may reach: a mirror of Conda channels, say.",
+    )
+    proxy: ProxyUrl = Field(
+        "",
+        description="Forward proxy (`http://host:port`) that builds reach all through but what `allow_private` names: "
+        "for networks without another way out. What it lets through, they reach. With `network` `host`, they are told "
+        "of it (`http_proxy`). Not for `buildkit`.",
     )
     buildkit_address: str = Field(
         "", description="Where `buildkitd` listens, such as `tcp://buildkit:1234`, for the engine `buildkit`."

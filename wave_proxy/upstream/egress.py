@@ -47,6 +47,7 @@ A WaveError that the pieces raise is what the request raises.
 """
 
 _STORE_TIMEOUT_S = 300.0  # object stores copy a large blob when it is complete
+_LOOK_UP_S = 2.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ERROR_BYTES = 64 << 10
 _MAX_RETRY_AFTER_S = 60
@@ -553,6 +554,19 @@ class Egress:
             raise AddressRefused(f"{host} is at a private or loopback address") from err
         except (OSError, ValueError) as err:  # ValueError: a host that no name service takes
             raise UpstreamUnavailable(f"no connection to {host}:{port}: {clip(str(err))}") from err
+
+    async def refuse_private(self, host: str, port: int) -> None:
+        """Raises AddressRefused for a host that is, as far as this machine knows, at no public address.
+
+        One that it can't resolve in a moment passes: in a network that only a proxy leads out of, that is how it is.
+        """
+        try:
+            async with asyncio.timeout(_LOOK_UP_S):
+                await _resolve(host, port, private=False, strict=True)
+        except _PrivateAddress as err:
+            raise AddressRefused(f"{host} is at a private or loopback address") from err
+        except (OSError, ValueError):
+            return
 
     async def close(self) -> None:
         """Close all connections; answers that are still being read break off."""
