@@ -21,7 +21,7 @@ from api.pages.render import Fact, fact, given, message, page
 from api.replies import json_reply
 from api.rules import not_enabled
 from api.shapes import Message
-from wave_proxy.errors import RequestInvalid, WaveError
+from wave_proxy.errors import NotImplementedHere, RequestInvalid, WaveError
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.scan import SEVERITIES
 from wave_proxy.state.builds import BuildStore
@@ -34,6 +34,8 @@ _REFUSALS = {
     status: Answer(answer.text, media_types=(HTML,), headers=answer.headers)
     for status, answer in {**ASKING_UPSTREAM, 501: NOT_HERE}.items()
 }
+
+_OFF = Answer(NOT_HERE.text, Message, (HTML,))
 
 
 class ScanPages:
@@ -53,11 +55,13 @@ class ScanPages:
         "GET",
         "/view/scans/{scan_id}",
         "Pages",
-        {**JOB_ANSWERS, 404: Answer("There is no scan of that image.", Message, (HTML,)), 501: NOT_HERE},
+        {**JOB_ANSWERS, 404: Answer("There is no scan of that image.", Message, (HTML,)), 501: _OFF},
     )
     async def show(self, request: Request) -> Response:
         """A scan: how it stands, and what it has found."""
         if not self._enabled:
+            if wants_page(request):
+                return varying(_switched_off())
             raise not_enabled("Security scan", "scan", "[scan] program")
         asked: str = request.path_params["scan_id"]
         found = await locate(self._store, "scan", asked)
@@ -81,6 +85,8 @@ class ScanPages:
 
         The body is the image's name: as it is, as JSON, or as the member `image` of a form.
         """
+        if not self._enabled:
+            return _switched_off()
         try:
             if is_from_other_site(request, self._authority):
                 return message("Scan", "This form can only be sent from this site's own pages.", 403)
@@ -125,6 +131,11 @@ def _image_of(text: str, media_type: str) -> str:
     if not isinstance(image, str) or not image:
         raise RequestInvalid("Missing container image")
     return image
+
+
+def _switched_off() -> Response:
+    hint = "The operator switches scans on with `[scan] program`, which names the program that scans."
+    return message("Scan", "No images are scanned here.", NotImplementedHere.status, hint=hint)
 
 
 def _refused(err: WaveError) -> Response:

@@ -480,8 +480,13 @@ def test_without_scans_there_are_no_pages_of_them(tmp_path_factory: pytest.TempP
     with redis_server(tmp_path_factory.mktemp("redis")) as redis, ApiServer(redis) as api:
         assert api.request("GET", "/view/scans/sc-0123456789abcdef_1").status == 501
         refused = api.request("POST", "/view/scans", body="ubuntu")
-        assert refused.status == 501
-        assert "Security scan service is not enabled" in read_page(refused).text
+        shown = api.request("GET", "/view/scans/sc-0123456789abcdef_1", headers={"Accept": BROWSER})
+        for answer in (refused, shown):
+            text = read_page(answer).text
+            assert (answer.status, "No images are scanned here" in text, "[scan] program" in text) == (501, True, True)
+            assert "response=-" not in text
+            assert "wave.scan" not in text
+        assert shown.headers["Vary"] == "Accept"
 
 
 # --- inspection ------------------------------------------------------------------------------------------------------
