@@ -16,9 +16,9 @@ from wave_proxy.upstream.registry import Registry
 LOGIN = Login("user", "secret")  # what bench.upstream lets in
 
 
-def opened(*addresses: str) -> dict[str, Endpoint]:
+def opened(*addresses: str, prefix: str = "") -> dict[str, Endpoint]:
     """Endpoints over plain http that may be on this machine."""
-    return {a: endpoint_for(a, insecure=True, allow_private=True) for a in addresses}
+    return {a: endpoint_for(a, insecure=True, allow_private=True, prefix=prefix) for a in addresses}
 
 
 def connections_in_use(egress: Egress) -> int:
@@ -28,9 +28,9 @@ def connections_in_use(egress: Egress) -> int:
 
 
 @asynccontextmanager
-async def egress_to(*addresses: str, **options: Any) -> AsyncIterator[Egress]:
+async def egress_to(*addresses: str, prefix: str = "", **options: Any) -> AsyncIterator[Egress]:
     """An egress with those registries configured; when the test is through, no answer may be open."""
-    egress = Egress(opened(*addresses), **options)
+    egress = Egress(opened(*addresses, prefix=prefix), **options)
     try:
         yield egress
         assert connections_in_use(egress) == 0
@@ -45,10 +45,11 @@ async def registry_at(
     attempts: int = 2,
     limits: Limits | None = None,
     parallel: int = 1,
+    prefix: str = "",
     **options: float,
 ) -> AsyncIterator[Registry]:
-    """A client of those upstreams, which it may all log in to."""
-    async with egress_to(*(upstream.address for upstream in upstreams), **options) as egress:
+    """A client of those upstreams, which it may all log in to; repositories begin with ``prefix`` there."""
+    async with egress_to(*(upstream.address for upstream in upstreams), prefix=prefix, **options) as egress:
         logins = {upstream.address: login for upstream in upstreams if login}
         registry = Registry(egress, Credentials(logins), attempts=attempts, limits=limits, parallel=parallel)
         try:

@@ -105,6 +105,7 @@ def test_a_variable_that_is_no_json(monkeypatch: pytest.MonkeyPatch, name: str) 
         ),
         ('[build]\nallow_private = ["[::1]"]', "build.allow_private.0: expected host:port"),
         ('[build]\nproxy = "proxy.cluster:3128"', "build.proxy: expected http://host:port or https://host:port"),
+        ('[registries."docker.io"]\nprefix = "/hub"', "registries.docker.io.prefix: expected the beginning of"),
         ('[build]\nengine = "kubernetes"', "build.engine: Input should be 'buildah', 'buildkit' or 'none'"),
         ('[build]\nrepository = "Foo Bar"', "build.repository: expected a repository without a tag"),
         ('[build]\nrepository = "quay.io"', "build.repository: expected a repository without a tag"),

@@ -13,7 +13,7 @@ import pytest
 from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.identified import issue
-from tests.servers import WaveProxy, free_port, http_request
+from tests.servers import WaveProxy, free_port, http_request, pull
 from wave_proxy.image.oci import digest_of
 from wave_proxy.serve.tls import TlsInvalid, server_context
 
@@ -115,6 +115,23 @@ def test_neither_tokens_nor_passwords_are_logged(upstream: Registry, wave: Wave)
     assert by_digest in proxy.stderr
     secrets = [answer["containerToken"], "password-1", access_token.rpartition("-")[2]]
     assert [secret for secret in secrets if secret in proxy.stderr] == []
+
+
+def test_registries_are_reached_through_projects_of_one_mirror(upstream: Registry, wave: Wave) -> None:
+    """With a token for the project's repository, and another one for each."""
+    mirror, images = upstream(auth="bearer", username=""), {}
+    hosts = {"docker.io": "hub", "quay.io": "others/quay"}
+    tables = ""
+    for host, project in hosts.items():
+        images[host] = image([layer({"from": host})])
+        mirror.add(f"{project}/library/app", images[host], "v1")
+        tables += f'[registries."{host}"]\nendpoint = "http://{mirror.address}"\nprefix = "{project}"\n'
+    proxy = wave(config=tables)
+    for host in hosts:
+        assert pull(proxy.address, f"{host}/library/app", "v1").manifest == images[host].manifest
+        answer = proxy.submit(containerImage=f"{host}/library/app:v1", containerConfig={"env": ["A=1"]})
+        assert f"/wt/{answer['containerToken']}/library/app:v1" in answer["targetImage"]
+        assert proxy.pull(answer["targetImage"]).manifest != images[host].manifest
 
 
 def test_why_a_request_failed_is_logged_and_no_header_of_ours_gets_out(wave: Wave) -> None:

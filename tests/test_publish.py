@@ -113,6 +113,29 @@ async def test_token_is_for_pulling_and_pushing_and_for_the_mount(layout: Path) 
     ]
 
 
+async def test_into_a_project_all_is_named_as_it_is_there(layout: Path) -> None:
+    """The repository that a blob is taken from as well."""
+    content = read_layout(layout)
+    async with target(bearer=True) as to, egress_to(to.address, prefix="project") as egress:
+        registry = Registry(egress, Credentials({to.address: LOGIN}))
+        there = {content.blobs[0].digest: "other/place"}
+
+        def from_disk(blob: Descriptor, start: int) -> AsyncIterator[bytes]:
+            return _bytes_of(content.blobs.index(blob), start)
+
+        await push(
+            registry, content, from_disk, Reference(to.address, "lib/tool", "1"), on_progress=print, mount_from=there
+        )
+        await registry.close()
+    queries = [parse_qs(urlsplit(line.split()[1]).query) for line in to.log]
+    assert to.manifests["project/lib/tool", "1"] == IMAGE.manifest
+    assert [query["from"] for query in queries if "from" in query][:1] == [["project/other/place"]]
+    assert sorted(query["scope"] for query in queries if "scope" in query) == [
+        ["repository:project/lib/tool:pull,push"],
+        ["repository:project/lib/tool:pull,push", "repository:project/other/place:pull"],
+    ]
+
+
 async def _bytes_of(number: int, start: int) -> AsyncIterator[bytes]:
     yield IMAGE.blobs[number].content[start:]
 

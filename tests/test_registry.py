@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from time import time
 from typing import Any
 
 import pytest
@@ -81,6 +82,26 @@ async def test_head_falls_back_to_get(upstream: Start, faults: dict[str, Any], r
         head = await registry.head_manifest(server.address, "lib/tool", "1.0")
     assert head == ManifestHead(TOOL.digest, OCI_MANIFEST, len(TOOL.manifest))
     assert asked(server) == requests
+
+
+@pytest.mark.parametrize("auth", [None, "bearer"])
+async def test_a_mirror_in_a_project_is_asked_by_its_own_names(upstream: Start, auth: str | None) -> None:
+    """The token is for that name, too; and what is said of it has the name that was asked for."""
+    server = upstream(auth=auth)
+    server.add("project/hub/lib/tool", TOOL, "1.0")
+    async with registry_at(server, login=LOGIN, prefix="project/hub") as registry:
+        manifest = await registry.fetch_manifest(server.address, "lib/tool", "1.0")
+        page = await registry.fetch_tags(server.address, "lib/tool", "")
+        layer_digest = TOOL.blobs[-1].digest
+        async with registry.open_blob(server.address, "lib/tool", layer_digest) as stream:
+            assert digest_of(await body_of(stream)) == layer_digest
+        before = time()
+        assert registry.login_seen(server.address, "lib/tool") <= before or auth is None
+        with pytest.raises(ManifestUnknown, match=f"^image '{server.address}/lib/tool:none' not found$"):
+            await registry.fetch_manifest(server.address, "lib/tool", "none")
+    assert manifest.content == TOOL.manifest
+    assert b'"1.0"' in page.content
+    assert all("/project/hub/lib/tool/" in request.path for request in server.log if "token" not in request.path)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,12 @@ class RegistrySettings(_Section):
         description="Where it is reached, with scheme: a mirror, a test. Empty: `https://<host>`. A path goes before "
         "`/v2/`: `https://mirror/hub` is asked for `/hub/v2/library/busybox/…`.",
     )
+    prefix: str = Field(
+        "",
+        description="What repositories begin with there: with `hub`, `library/busybox` is asked for as "
+        "`/v2/hub/library/busybox/…`, as a mirror in a project of Harbor wants it. Builds that keep caches there do "
+        "not heed it.",
+    )
     username: str = Field("", description="User for this registry.")
     password: SecretStr = Field(SecretStr(""), description="Password or access token of that user.")
     password_file: OptionalFile = Field(None, description="File that holds the password, read at start.")
@@ -233,6 +239,13 @@ class RegistrySettings(_Section):
         if self.users and not self.username:
             raise ValueError("users says whom a login is for: username and password are missing")
         return self
+
+    @field_validator("prefix")
+    @classmethod
+    def _is_prefix(cls, value: str) -> str:
+        if value and not is_repository(value):
+            raise ValueError('expected the beginning of repositories, such as "project" or "project/hub"')
+        return value
 
     @model_validator(mode="after")
     def _speaks_one_protocol(self) -> Self:

@@ -69,7 +69,8 @@ class Endpoint:
     """Where and how a registry is reached.
 
     ``registry`` is the host in image names; ``url`` is ``scheme://host[:port]`` without a slash at the end. ``ca_file``
-    (PEM, trusted besides the system's) and ``proxy`` (URL) are empty when unused. ``is_own`` is for this server itself.
+    (PEM, trusted besides the system's), ``proxy`` (URL), and ``prefix``, which repositories begin with there, are empty
+    when unused. ``is_own`` is for this server itself.
     """
 
     registry: str
@@ -78,6 +79,11 @@ class Endpoint:
     ca_file: str = ""
     proxy: str = ""
     is_own: bool = False
+    prefix: str = ""
+
+    def name_of(self, repository: str) -> str:
+        """What a repository is called there; empty for none."""
+        return f"{self.prefix}/{repository}" if self.prefix and repository else repository
 
 
 def endpoint_for(
@@ -88,6 +94,7 @@ def endpoint_for(
     allow_private: bool | None = None,
     ca_file: str = "",
     proxy: str = "",
+    prefix: str = "",
 ) -> Endpoint:
     """The endpoint of a registry from its settings; the defaults are those of a registry without any.
 
@@ -109,7 +116,7 @@ def endpoint_for(
         raise ValueError(f"endpoint of registry {registry!r}: {err}; expected http(s)://host[:port]") from None
     if allow_private is None:
         allow_private = bool(url) and (host == "localhost" or (_is_literal(host) and not is_public(host)))
-    return Endpoint(registry, base, allow_private, ca_file, proxy)
+    return Endpoint(registry, base, allow_private, ca_file, proxy, prefix=prefix)
 
 
 def _is_literal(host: str) -> bool:

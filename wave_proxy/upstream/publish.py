@@ -200,7 +200,6 @@ class _Push:
     async def _mount(self, digest: str, source: str) -> ClientResponse | None:
         """None when the registry does not want to hear of it."""
         path = f"blobs/uploads/?mount={quote(digest, safe=':')}"
-        path += f"&from={quote(source, safe='/')}" if source else ""
         request = self._request("POST", path, f"a blob of {source} in {self._name}", body=b"", mount=source)
         try:
             return await self._registry.push(request, _CREATED_OR_ACCEPTED)

@@ -118,18 +118,20 @@ class _Subject:
 
     @property
     def url(self) -> str:
-        return self.location or f"{self.endpoint.url}/v2/{quote(self.repository)}/{self.path}"
+        return self.location or f"{self.endpoint.url}/v2/{quote(self.endpoint.name_of(self.repository))}/{self.path}"
 
     @property
     def scope(self) -> Scope:
-        return Scope(self.repository, "pull,push" if self.is_push else "pull", self.mount)
+        named = self.endpoint.name_of
+        return Scope(named(self.repository), "pull,push" if self.is_push else "pull", named(self.mount))
 
 
 @dataclass(frozen=True, slots=True)
 class PushRequest:
     """One request of a push. ``target`` is a path in the repository, or the URL that an earlier answer led to.
 
-    ``what`` names it in messages. ``mount`` is the repository of the same registry that a blob is to be taken from.
+    ``what`` names it in messages. ``mount`` is the repository of the same registry that a blob is to be taken from; the
+    target's query then gets its name.
     """
 
     method: str
@@ -209,8 +211,9 @@ class Registry:
             self._bearers.forget(challenge, scope, login)
 
     def _token_of(self, registry: str, repository: str) -> tuple[Challenge | None, Scope, Login | None]:
-        challenge = self._challenges.get(self._egress.endpoint(registry).url)
-        return challenge, Scope(repository), self._credentials.find(registry, repository)
+        endpoint = self._egress.endpoint(registry)
+        challenge, scope = self._challenges.get(endpoint.url), Scope(endpoint.name_of(repository))
+        return challenge, scope, self._credentials.find(registry, repository)
 
     # --- what callers ask for ------------------------------------------------------------------------------------
 
@@ -280,10 +283,11 @@ class Registry:
         """
         endpoint = self._egress.endpoint(request.registry)
         is_url = "://" in request.target
+        source = f"&from={quote(endpoint.name_of(request.mount), safe='/')}" if request.mount else ""
         subject = _Subject(
             endpoint,
             request.repository,
-            request.target,
+            f"{request.target}{source}",
             request.what,
             NameUnknown,
             is_push=True,

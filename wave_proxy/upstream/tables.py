@@ -28,6 +28,8 @@ class RegistryTable(Protocol):
     @property
     def proxy(self) -> str: ...
     @property
+    def prefix(self) -> str: ...
+    @property
     def max_connections(self) -> int | None: ...
     @property
     def max_bytes_per_second(self) -> int | None: ...
@@ -49,6 +51,7 @@ def read_endpoints(tables: Mapping[str, RegistryTable]) -> dict[str, Endpoint]:
             allow_private=table.allow_private,
             ca_file=str(table.ca_file or ""),
             proxy=table.proxy,
+            prefix=table.prefix,
         )
         for host, table in _of_hosts(tables)
     }
