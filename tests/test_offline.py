@@ -41,7 +41,7 @@ def test_stored_and_own_images_are_requested_and_shown(
     mine = f"{own}/local/mine:1"
     assert proxy.pull(proxy.submit(containerImage=mine)["targetImage"]).digest == LOCAL.digest
     through = f"{own}/{HOST}/tool:1"
-    assert proxy.request("POST", "/v1alpha2/container", body={"containerImage": through}).status == 200
+    assert proxy.pull(proxy.submit(containerImage=through)["targetImage"]).digest == TOOL.digest
     for name, digest in ((mine, LOCAL.digest), (through, TOOL.digest)):
         shown = proxy.request("POST", "/v1alpha1/inspect", body={"containerImage": name})
         assert (shown.status, shown.json()["container"]["digest"]) == (200, digest), shown.body
@@ -54,7 +54,9 @@ def test_a_build_of_what_is_stored(
 ) -> None:
     server = upstream()
     proxy = offline_with_tool(server, wave, tmp_path)
-    file = b64encode(f"FROM {HOST}/tool:1\nENV BUILT=yes\n".encode()).decode()
+    through = f"localhost:{proxy.address.rpartition(':')[2]}/{HOST}/tool:1"
+    lines = (f"FROM {HOST}/tool:1 AS one", f"FROM {through}", "COPY --from=one /bin/tool /again", "ENV BUILT=yes", "")
+    file = b64encode("\n".join(lines).encode()).decode()
     pulled = proxy.pull(proxy.submit(containerFile=file)["targetImage"])  # held until it is built
     assert "BUILT=yes" in pulled.config["config"]["Env"]
     assert server.log == []

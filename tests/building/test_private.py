@@ -55,3 +55,24 @@ def test_a_private_build(upstream: Callable[..., Upstream], wave: Callable[..., 
         assert proxy.request("POST", "/v1alpha2/container", body=body).status == 400
     again = {"containerImage": answer["containerImage"], "towerAccessToken": issue(redis_url, "alice@acme.org")}
     assert proxy.pull(proxy.submit(**again)["targetImage"]).digest == pulled.digest
+
+
+def test_a_build_of_a_private_image_named_as_everybody_pulls_it(
+    upstream: Callable[..., Upstream], wave: Callable[..., WaveProxy], redis_url: str
+) -> None:
+    vault = upstream(auth="bearer", username=USER, password=PASSWORD)
+    vault.add("acme/base", BASE, "1")
+    config = f'[registries."vault.test"]\nendpoint = "http://{vault.address}"\n'
+    config += f'username = "{USER}"\npassword = "{PASSWORD}"\nusers = ["*@acme.org"]\n'
+    proxy = wave(config=config, redis=redis_url)
+    alice, name = issue(redis_url, "alice@acme.org"), "vault.test/acme/base:1"
+    proxy.pull(proxy.submit(containerImage=name, towerAccessToken=alice)["targetImage"])
+    through = f"localhost:{proxy.address.rpartition(':')[2]}/{name}"
+    refused = proxy.request("POST", "/v1alpha2/container", body={"containerImage": through, "towerAccessToken": alice})
+    assert refused.status == 400, refused.body
+    file = b64encode(f"FROM {through}\nENV BUILT=yes\n".encode()).decode()
+    answer = proxy.submit(containerFile=file, towerAccessToken=alice)
+    repository, _, tag = answer["targetImage"].partition("/")[2].rpartition(":")
+    held = proxy.request("GET", f"/v2/{repository}/manifests/{tag}")
+    assert held.status == 404
+    assert "base image not found or not readable" in held.json()["errors"][0]["message"]

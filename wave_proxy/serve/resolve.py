@@ -101,10 +101,12 @@ class Resolver:
             login = await self._access.find_login(route.registry, repository)
             return Target(route.registry, repository, route.reference, login=login)
         known = await self._find(route)
-        image, request = known.image, known.request
+        image, request = _meant(known.image, self._authority), known.request
         if request.is_durable:
             raise NameUnknown(f"This container is not pulled by its token, but by its own name: {request.image}")
-        login = await self._access.find_login(image.registry, image.repository, request.identity, route.token)
+        # What is named as everybody pulls it is read as everybody may: nobody has looked whether it is private.
+        who = request.identity if image is known.image else NOBODY
+        login = await self._access.find_login(image.registry, image.repository, who, route.token)
         return Target(image.registry, image.repository, _reference(route, image), route.token, request, login)
 
     async def _find(self, route: Route) -> _Known:
@@ -165,6 +167,13 @@ class Resolver:
             except StateUnavailable as err:
                 _log.warning("no word of deleted tokens", error=str(err))
             await asyncio.sleep(_RECONNECT_S)
+
+
+def _meant(image: Reference, authority: str) -> Reference:
+    """The image by its own name, when it is named as one that is pulled straight through this server."""
+    if image.registry != authority or image.repository.startswith((f"{LOCAL}/", "wt/")):
+        return image
+    return parse_reference(image.name_and_reference)
 
 
 def _reference(route: Route, image: Reference) -> str:
