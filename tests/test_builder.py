@@ -43,8 +43,8 @@ def test_a_builder_reads_the_configuration_file(redis_url: str, tmp_path: Path) 
     ("settings", "code", "text"),
     [
         pytest.param({}, 2, "set WAVE_REDIS_URL", id="no-redis"),
-        pytest.param({"WAVE_REDIS_URL": "http://user:secret@localhost"}, 2, "redis_url: expected", id="bad-url"),
-        pytest.param({"WAVE_PORT": "x"}, 2, "port: ", id="bad-key"),
+        pytest.param({"WAVE_REDIS_URL": "http://user:secret@localhost"}, 2, "WAVE_REDIS_URL: expected", id="bad-url"),
+        pytest.param({"WAVE_PORT": "x"}, 2, "WAVE_PORT: ", id="bad-key"),
         pytest.param({"WAVE_CONFIG_FILE": "/missing.toml"}, 2, "/missing.toml does not exist", id="no-file"),
         pytest.param({"WAVE_REDIS_URL": "unix:///missing.sock"}, 1, "does not answer", id="redis-gone"),
     ],
