@@ -33,6 +33,7 @@ from api.registries import Registries
 from api.scan_orders import ScanOrders
 from api.sizes import Sizes
 from tests.documented import check_answer
+from tests.patience import PATIENCE_S
 from tests.servers import Response, http_request
 from wave_proxy.image.limit import Limit
 from wave_proxy.state.accounts import Accounts
@@ -108,7 +109,7 @@ class ApiServer:
 
     def _compose(self, stack: AsyncExitStack) -> Starlette:
         redis = connect(self._redis_url)
-        egress = Egress(self._endpoints, response_timeout_s=5.0)
+        egress = Egress(self._endpoints, response_timeout_s=PATIENCE_S)
         registry = Registry(egress, Credentials({}), attempts=1)
         registries = Registries(registry, self._credentials, f"{AUTHORITY}/local")
         identities = Identities(AccessTokens(redis), anonymous=self._anonymous)
@@ -169,7 +170,7 @@ class ApiServer:
     ) -> None:
         assert self._server is not None, "it never began to serve"
         self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the api's thread does not end"
 
     def request(self, method: str, path: str, **arguments: Any) -> Response:

@@ -2,17 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 
 from builder.box import Boxes, BoxUnavailable, Run
 from builder.forward import Forward
 from builder.gate import Gate
 from builder.limits import Limits, Meter
+from tests.patience import eventually
 from wave_proxy.upstream.egress import Egress
 
 LIMITS = Limits(memory=2 * 10**9, processes=400, disk=10**9, log_bytes=10**6)
@@ -68,18 +68,11 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-async def until_gone(text: str, within_s: float = 20.0) -> None:
+async def until_gone(text: str) -> None:
     """Wait until no process has ``text`` in its command line. Raises AssertionError."""
-    await _until(lambda: not processes_with(text), f"processes with {text} go on", within_s)
+    await eventually(lambda: not processes_with(text), f"processes with {text} go on")
 
 
-async def until_there(text: str, within_s: float = 20.0) -> None:
+async def until_there(text: str) -> None:
     """Wait until a process has ``text`` in its command line. Raises AssertionError."""
-    await _until(lambda: bool(processes_with(text)), f"no process with {text} comes up", within_s)
-
-
-async def _until(holds: Callable[[], bool], problem: str, within_s: float) -> None:
-    deadline = monotonic() + within_s
-    while not holds():
-        assert monotonic() < deadline, problem
-        await asyncio.sleep(0.01)
+    await eventually(lambda: processes_with(text), f"no process with {text} comes up")

@@ -17,17 +17,15 @@ from socket import AF_UNIX, socket
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
-from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
 from bench.images import Image, digest_of
+from tests.patience import PATIENCE_S, until
 from wave_proxy.image.oci import ACCEPT_MANIFESTS, INDEX_TYPES
 from wave_proxy.supervisor import runtime_place
 
 ROOT = Path(__file__).parent.parent
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
 
 
 def free_port() -> int:
@@ -68,7 +66,7 @@ def http_request(
     *,
     body: bytes | str | Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = PATIENCE_S,
 ) -> Response:
     """One request to ``host:port`` on a connection of its own; a mapping is sent as JSON.
 
@@ -253,7 +251,7 @@ class WaveProxy:
         self._stderr_pipe = status.st_dev, status.st_ino
         self._reader = Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
-        if not self._ready.wait(START_TIMEOUT_S) or not self.is_ready:
+        if not self._ready.wait(PATIENCE_S) or not self.is_ready:
             self.kill()
             raise AssertionError(f"wave-proxy did not become ready:\n{self.stderr}")
 
@@ -275,7 +273,7 @@ class WaveProxy:
         assert self._process is not None, "not started"
         self._process.send_signal(signal.SIGTERM)
         try:
-            code = self._process.wait(STOP_TIMEOUT_S)
+            code = self._process.wait(PATIENCE_S)
         except TimeoutExpired:
             self.kill()
             raise AssertionError(f"wave-proxy does not end on SIGTERM:\n{self.stderr}") from None
@@ -399,7 +397,7 @@ def _process(command: Sequence[str], log: Path) -> Iterator["Popen[bytes]"]:
         finally:
             process.terminate()
             try:
-                process.wait(STOP_TIMEOUT_S)
+                process.wait(PATIENCE_S)
             except TimeoutExpired:
                 process.kill()
 
@@ -473,8 +471,11 @@ def _http_answers(address: str) -> bool:
 
 
 def _wait_until(answers: Callable[[], bool], process: "Popen[bytes]", log: Path) -> None:
-    deadline = monotonic() + START_TIMEOUT_S
-    while not answers():
-        if process.poll() is not None or monotonic() > deadline:
-            raise AssertionError(f"{process.args!r} does not answer:\n{log.read_text(errors='replace')}")
-        sleep(0.01)
+    def problem() -> str:
+        return f"{process.args!r} does not answer:\n{log.read_text(errors='replace')}"
+
+    def has_answered() -> bool:
+        assert process.poll() is None, problem()
+        return answers()
+
+    until(has_answered, problem)

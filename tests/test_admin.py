@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.servers import ROOT, WaveProxy, redis_server
 from tests.test_cli import one_line, run
 from wave_proxy.admin import parse_expiry, token_table
@@ -188,7 +189,9 @@ def test_what_is_no_end(text: str) -> None:
 
 def hashed(text: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wave_proxy", "account", "hash"]
-    return subprocess.run(command, input=text, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, input=text, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 @pytest.mark.parametrize("text", ["correct horse", "correct horse\n", "correct horse\r\nnext line\n"])
@@ -225,7 +228,7 @@ def test_a_password_is_asked_for_without_an_echo() -> None:
             os.write(ours, b"correct horse\n")
         assert process.stdout is not None
         text = process.stdout.read()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
     os.close(ours)
     assert "horse" not in shown
     assert parse_hash(text.strip()).matches("correct horse")

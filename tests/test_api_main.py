@@ -10,26 +10,24 @@ from http.client import HTTPConnection
 from pathlib import Path
 from socket import AF_UNIX, socket
 from subprocess import PIPE, Popen
-from time import monotonic, sleep
 
 import pytest
 
+from tests.patience import PATIENCE_S, until
 from tests.servers import ROOT, Response
-
-TIMEOUT_S = 20.0
 
 
 class UnixConnection(HTTPConnection):
     """An HTTP connection over a Unix socket."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
+        super().__init__("localhost", timeout=PATIENCE_S)
         self._path = path
 
     def connect(self) -> None:
         """Connect to the path."""
         self.sock = socket(AF_UNIX)
-        self.sock.settimeout(TIMEOUT_S)
+        self.sock.settimeout(PATIENCE_S)
         self.sock.connect(str(self._path))
 
 
@@ -56,14 +54,14 @@ def get(path: Path, target: str) -> Response:
 
 
 def first_answer(process: "Popen[str]", path: Path, target: str) -> Response:
-    deadline = monotonic() + TIMEOUT_S
-    while True:
+    def answer() -> Response | None:
         try:
             return get(path, target)
         except (FileNotFoundError, ConnectionRefusedError):
             assert process.poll() is None, process.stderr and process.stderr.read()
-            assert monotonic() < deadline, "the api does not answer"
-            sleep(0.02)
+            return None
+
+    return until(answer, "the api does not answer")
 
 
 def test_it_serves_a_private_socket_and_ends_cleanly(tmp_path: Path, redis_url: str) -> None:
@@ -77,7 +75,7 @@ def test_it_serves_a_private_socket_and_ends_cleanly(tmp_path: Path, redis_url: 
         assert answer.headers["Server"] is None
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
 
@@ -98,7 +96,7 @@ def test_it_serves_a_private_socket_and_ends_cleanly(tmp_path: Path, redis_url: 
 )
 def test_it_says_in_one_line_why_it_does_not_start(tmp_path: Path, env: Mapping[str, str], words: str) -> None:
     with started(tmp_path / "api.sock", env) as process:
-        assert process.wait(TIMEOUT_S) == 1
+        assert process.wait(PATIENCE_S) == 1
         assert process.stderr is not None
         said = process.stderr.read()
     assert said.startswith("wave-proxy api: ")

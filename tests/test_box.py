@@ -20,6 +20,7 @@ import builder.limits
 from builder.box import BoxUnavailable
 from builder.failures import OUT_OF_MEMORY, BuildFailed
 from tests.boxes import LIMITS, processes_with, run_in_box, until_gone, until_there, why_no_box
+from tests.patience import eventually
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,11 +175,10 @@ async def test_all_in_a_box_ends_with_a_builder_that_is_killed(folder: Path, del
         children = _children(process.pid)
         process.kill()
     await until_gone(name)
-    deadline = 500
-    while any(Path(f"/proc/{child}").exists() for child in children) and deadline:
-        deadline -= 1
-        await asyncio.sleep(0.01)
-    assert deadline, "the box's first process is still there"
+    await eventually(
+        lambda: not any(Path(f"/proc/{child}").exists() for child in children),
+        "the box's first process is still there",
+    )
 
 
 def _children(pid: int) -> list[int]:
@@ -187,8 +187,8 @@ def _children(pid: int) -> list[int]:
 
 # --- limits ------------------------------------------------------------------------------------------------------
 
-SHARING = "import mmap, time; held = mmap.mmap(-1, 400 << 20); held.write(bytes(400 << 20)); time.sleep(100)"
-BOMB = "bomb() { bomb | bomb & }; bomb; sleep 100"
+SHARING = "import mmap, time; held = mmap.mmap(-1, 400 << 20); held.write(bytes(400 << 20)); time.sleep(1000)"
+BOMB = "bomb() { bomb | bomb & }; bomb; sleep 1000"
 
 
 @pytest.fixture(params=["cgroup", "watchdog"])
@@ -239,10 +239,11 @@ async def test_a_log_that_is_too_large_ends_the_box(folder: Path, command: str) 
     "script",
     [
         pytest.param(
-            "for i in 1 2 3 4 5 6 7 8 9; do dd if=/dev/zero of=f$i bs=1M count=20; done; sleep 100", id="files"
+            "for i in 1 2 3 4 5 6 7 8 9; do dd if=/dev/zero of=f$i bs=1M count=20; done; sleep 1000", id="files"
         ),
         pytest.param(
-            "mkdir -m 0 d; chmod 700 d; dd if=/dev/zero of=d/f bs=1M count=90; ln d/f g; cp g h; sleep 100", id="hidden"
+            "mkdir -m 0 d; chmod 700 d; dd if=/dev/zero of=d/f bs=1M count=90; ln d/f g; cp g h; sleep 1000",
+            id="hidden",
         ),
     ],
 )
@@ -262,7 +263,7 @@ async def test_one_huge_file_fails_at_the_limit(folder: Path) -> None:
 async def test_a_full_disk_ends_the_box(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder.limits, "_MIN_FREE_BYTES", 1 << 60)
     with pytest.raises(BuildFailed, match=r"^no space: the builder's disk has only .* left"):
-        await run_in_box(folder, "sleep 100")
+        await run_in_box(folder, "sleep 1000")
 
 
 async def test_a_disk_with_as_many_files_as_it_can_have_ends_the_box(
@@ -272,7 +273,7 @@ async def test_a_disk_with_as_many_files_as_it_can_have_ends_the_box(
         pytest.skip("this file system has no limit on files")
     monkeypatch.setattr(builder.limits, "_MIN_FREE_FILES", 1.1)
     with pytest.raises(BuildFailed, match=r"^no space: the builder's disk can have only .*% of its files more"):
-        await run_in_box(folder, "sleep 100")
+        await run_in_box(folder, "sleep 1000")
 
 
 async def test_files_that_were_removed_again_do_not_count(folder: Path) -> None:

@@ -8,12 +8,12 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from tests.patience import PATIENCE_S, until
 from tests.servers import WaveProxy, free_port, http_request
 from wave_proxy import __version__
 from wave_proxy.__main__ import cli
@@ -30,7 +30,7 @@ def run(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -267,18 +267,18 @@ def test_the_parts_work_together_when_each_is_started_alone(tmp_path: Path, redi
         with log.open("w") as file:
             processes.append(subprocess.Popen([*command, *arguments], stderr=file, env=environment))
     try:
-        deadline = monotonic() + 30
-        while not (
-            answers(f"127.0.0.1:{port}", "/v2/")
-            and answers(f"127.0.0.1:{port}", "/service-info")
-            and "builder is running" in logs[1].read_text()
-        ):
-            assert monotonic() < deadline
-            sleep(0.05)
+        until(
+            lambda: (
+                answers(f"127.0.0.1:{port}", "/v2/")
+                and answers(f"127.0.0.1:{port}", "/service-info")
+                and "builder is running" in logs[1].read_text()
+            ),
+            lambda: "\n".join(log.read_text() for log in logs),
+        )
     finally:
         for process in processes:
             process.terminate()
-    assert [process.wait(30) for process in processes] == [0, 0, 0]
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0, 0]
 
 
 def answers(address: str, path: str) -> bool:
@@ -334,7 +334,7 @@ def test_a_worker_without_redis_says_so_in_one_line(tmp_path: Path) -> None:
         env={**os.environ, **environment, "WAVE_PORT": str(free_port()), "WAVE_DATA": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 1

@@ -6,7 +6,6 @@ import signal
 from base64 import b64encode
 from collections.abc import Callable
 from hashlib import sha256
-from time import monotonic, sleep
 from typing import Any, cast
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from bench.images import image, index, layer
 from bench.upstream import Upstream
 from tests.building.works import builder_pids
+from tests.patience import until
 from tests.servers import WaveProxy, http_request, push
 from tests.strict_inspect import parse_inspection
 from wave_proxy.state.redis import connect
@@ -104,7 +104,7 @@ def test_an_image_that_is_being_built_is_not_waited_for(proxy: tuple[WaveProxy, 
     try:
         asked = program.submit(containerFile=b64encode(b"FROM scratch\n").decode())
         body = {"containerImage": asked["targetImage"]}
-        answer = http_request(program.address, "POST", "/v1alpha1/inspect", body=body, timeout_s=20)
+        answer = http_request(program.address, "POST", "/v1alpha1/inspect", body=body)
         build = program.request("GET", f"/v1alpha1/builds/{asked['buildId']}/status").json()
     finally:
         os.kill(builder, signal.SIGCONT)
@@ -114,8 +114,4 @@ def test_an_image_that_is_being_built_is_not_waited_for(proxy: tuple[WaveProxy, 
 
 def builder_of(program: WaveProxy) -> int:
     """The builder's process, which is started once the others are ready."""
-    deadline = monotonic() + 20
-    while not (found := builder_pids(program)):
-        assert monotonic() < deadline, "no builder is started"
-        sleep(0.05)
-    return found.pop()
+    return until(lambda: builder_pids(program), "no builder is started").pop()

@@ -1,15 +1,14 @@
 """Pairing as Platforms do it: over a WebSocket through the port, refused unless the operator allows it."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 import pytest
 
+from tests.patience import patience, until
 from tests.platform.process import StandIn
 from tests.servers import WaveProxy
 from wave_proxy.image.platform import pairing_key
@@ -38,7 +37,7 @@ async def connected(
     address = (
         f"ws://{proxy.address}/pairing/{service}/token/{quote(token, safe='')}?endpoint={quote(endpoint, safe='')}"
     )
-    async with asyncio.timeout(20), aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+    async with patience(), aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
         yield socket
 
 
@@ -99,10 +98,7 @@ async def test_a_session_whose_pairing_is_gone_is_ended_so_that_it_pairs_again(p
 
 def until_logged(proxy: WaveProxy, text: str) -> None:
     """Return when the program has logged that; its standard error is read by another thread."""
-    deadline = monotonic() + 10
-    while text not in proxy.stderr:
-        assert monotonic() < deadline, proxy.stderr
-        sleep(0.01)
+    until(lambda: text in proxy.stderr, lambda: proxy.stderr)
 
 
 REFUSED = {

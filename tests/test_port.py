@@ -13,6 +13,7 @@ import pytest
 from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.identified import issue
+from tests.patience import PATIENCE_S
 from tests.servers import WaveProxy, free_port, http_request, pull
 from wave_proxy.image.oci import digest_of
 from wave_proxy.serve.tls import TlsInvalid, server_context
@@ -60,7 +61,7 @@ def test_images_are_pulled_over_tls(
     assert f"ready https://localhost:{proxy.port}" in proxy.stderr
     context = ssl.create_default_context(cafile=str(cert))
     for _ in ("cold", "warm"):
-        connection = HTTPSConnection("localhost", proxy.port, context=context, timeout=30)
+        connection = HTTPSConnection("localhost", proxy.port, context=context, timeout=PATIENCE_S)
         blob = original.blobs[1].digest
         for path, digest in ((f"manifests/{original.digest}", original.digest), (f"blobs/{blob}", blob)):
             connection.request("GET", f"/v2/{registry.address}/lib/app/{path}")

@@ -14,13 +14,14 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
 from threading import Thread
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
 
 from bench.images import Image, blob, digest_of, image, index, layer, random_blob
 from tests.clients.programs import Client, docker_daemon, needs, reason_to_skip_daemon
+from tests.patience import PATIENCE_S, until
 from tests.servers import Response, WaveProxy, distribution, has_distribution, http_request, pull, push
 from wave_proxy.image.oci import OCI_INDEX, OCI_MANIFEST
 
@@ -111,7 +112,7 @@ def test_an_upload_step_by_step(open_wave: WaveProxy) -> None:
 
 def test_a_stream_without_a_length(open_wave: WaveProxy) -> None:
     location = begin(open_wave)
-    connection = HTTPConnection(open_wave.address, timeout=60)
+    connection = HTTPConnection(open_wave.address, timeout=PATIENCE_S)
     chunks = (BIG.content[at : at + 70_000] for at in range(0, len(BIG.content), 70_000))
     connection.request("PATCH", location, body=chunks, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
     answer = connection.getresponse()
@@ -210,7 +211,7 @@ def test_limits_of_a_body_are_its_targets(open_wave: WaveProxy) -> None:
     answer = open_wave.request("POST", f"{UPLOADS}?digest={BIG.digest}", body=BIG.content)
     assert answer.status == 201
     location = begin(open_wave)
-    connection = HTTPConnection(open_wave.address, timeout=60)
+    connection = HTTPConnection(open_wave.address, timeout=PATIENCE_S)
     connection.putrequest("PATCH", location)
     connection.putheader("Content-Length", "100000001")
     connection.putheader("Content-Range", "0-100000000")
@@ -333,7 +334,7 @@ def test_a_pull_outlives_the_deletion_of_what_it_pulls(open_wave: WaveProxy) -> 
     name = "local/deleted"
     push(open_wave.address, name, LARGE, "v1")
     big = LARGE.blobs[1]
-    connection = HTTPConnection(open_wave.address, timeout=60)
+    connection = HTTPConnection(open_wave.address, timeout=PATIENCE_S)
     connection.request("GET", f"/v2/{name}/blobs/{big.digest}")
     answer = connection.getresponse()
     content = answer.read(1000)
@@ -379,30 +380,26 @@ def kill_workers(proxy: WaveProxy) -> None:
 
 def eventually(ask: Callable[[], Response]) -> Response:
     """The answer of a server whose workers are being started again."""
-    deadline = monotonic() + 30
-    while True:
+
+    def answer() -> Response | None:
         try:
-            answer = ask()
+            found = ask()
         except (OSError, HTTPException):
-            answer = None
-        if answer is not None and answer.status != 503:
-            return answer
-        assert monotonic() < deadline
-        sleep(0.02)
+            return None
+        return found if found.status != 503 else None
+
+    return until(answer, "the workers do not come back")
 
 
 def test_an_upload_goes_on_at_another_worker(wave: Callable[..., WaveProxy]) -> None:
     proxy = wave(workers=2, config="[local]\nanonymous_push = true\n")
     location, half = begin(proxy), len(BIG.content) // 2
-    connection = HTTPConnection(proxy.address, timeout=60)
+    connection = HTTPConnection(proxy.address, timeout=PATIENCE_S)
     connection.putrequest("PATCH", location)
     connection.putheader("Content-Length", str(len(BIG.content)))
     connection.endheaders()
     connection.send(BIG.content[:half])
-    deadline = monotonic() + 30
-    while proxy.request("GET", location).headers["Range"] == "0-0":
-        assert monotonic() < deadline
-        sleep(0.01)
+    until(lambda: proxy.request("GET", location).headers["Range"] != "0-0")
     kill_workers(proxy)
     connection.close()
     at = int(eventually(lambda: proxy.request("GET", location)).headers["Range"].partition("-")[2]) + 1

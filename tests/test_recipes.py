@@ -16,6 +16,7 @@ import yaml
 from api.building.recipes import Recipe, decode_base64, recipe_for
 from api.locations import OpenHosts
 from api.schema import parse_submission
+from tests.patience import PATIENCE_S
 from wave_proxy.errors import RequestInvalid
 from wave_proxy.image.build import LOCK_END, LOCK_START
 
@@ -87,7 +88,7 @@ class Scene:
             env={"PATH": str(self.folder / "bin"), "R_LIBS_USER": "lib"},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=PATIENCE_S,
         )
 
     @property

@@ -9,7 +9,6 @@ import signal
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from bench.upstream import Upstream
 from builder.child import find_program
 from tests.advisories import write_database
 from tests.building.works import builder_pids, why_no_builds
+from tests.patience import until
 from tests.scanner_program import is_alive, write_program
 from tests.servers import WaveProxy
 
@@ -55,14 +55,13 @@ def configuration(program: str, cache: Path) -> str:
 
 def done(wave: WaveProxy, answer: dict[str, Any]) -> dict[str, Any]:
     """The request's status when that is decided."""
-    deadline = monotonic() + 60
-    while True:
+
+    def decided() -> dict[str, Any] | None:
         status: dict[str, Any] = wave.request("GET", f"/v1alpha2/container/{answer['requestId']}/status").json()
-        if status["status"] == "DONE":
-            return status
-        assert status["status"] in ("PENDING", "BUILDING", "SCANNING")
-        assert monotonic() < deadline, wave.stderr
-        sleep(0.05)
+        assert status["status"] in ("PENDING", "BUILDING", "SCANNING", "DONE")
+        return status if status["status"] == "DONE" else None
+
+    return until(decided, lambda: wave.stderr)
 
 
 def submit(wave: WaveProxy, **attributes: Any) -> dict[str, Any]:
@@ -185,10 +184,7 @@ def test_a_scan_whose_builder_is_killed_is_done_by_the_next(
     registry.add("library/empty", EMPTY, "1")
     port = wave(upstreams=[registry.address], config=configuration(str(program.path), tmp_path / "cache"))
     answer = submit(port, containerImage=f"{registry.address}/library/empty:1", scanMode="required")
-    deadline = monotonic() + 30
-    while not began.exists():
-        assert monotonic() < deadline, port.stderr
-        sleep(0.02)
+    until(began.exists, lambda: port.stderr)
     (builder,) = builder_pids(port)
     os.kill(builder, signal.SIGKILL)
     assert done(port, answer)["succeeded"] is True, port.stderr

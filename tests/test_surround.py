@@ -8,6 +8,7 @@ from socket import create_connection
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.servers import Response, WaveProxy
 from wave_proxy.config.handed import ConfigInvalid
 from wave_proxy.config.loading import load
@@ -79,7 +80,7 @@ def _refuse_crawlers(proxy: WaveProxy) -> None:
 
 
 def _refuse_what_is_no_request(proxy: WaveProxy) -> None:
-    with create_connection(("127.0.0.1", proxy.port), timeout=10) as connection:
+    with create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"nonsense\r\n\r\n")
         received = b""
         while chunk := connection.recv(65536):

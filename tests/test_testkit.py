@@ -29,6 +29,7 @@ from bench.images import (
     random_blob,
 )
 from bench.upstream import Faults, Upstream
+from tests.patience import PATIENCE_S
 from tests.servers import (
     Response,
     WaveProxy,
@@ -49,7 +50,7 @@ IMAGE = image([LAYER], entrypoint=["/opt/hello"], env=["A=1"])
 PATH = f"/v2/lib/hello/blobs/{LAYER.digest}"
 
 
-def get(server: Upstream, path: str, method: str = "GET", timeout_s: float = 10, **headers: str) -> Response:
+def get(server: Upstream, path: str, method: str = "GET", timeout_s: float = PATIENCE_S, **headers: str) -> Response:
     return http_request(server.address, method, path, headers=headers, timeout_s=timeout_s)
 
 

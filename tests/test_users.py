@@ -12,6 +12,7 @@ import pytest
 from bench.images import image, layer
 from bench.upstream import Upstream
 from tests.identified import issue
+from tests.patience import until
 from tests.servers import Response, WaveProxy, http_request, split_image
 from tests.test_accounts import SLOW
 from tests.test_cli import run
@@ -164,9 +165,11 @@ def test_what_users_do_counts_for_their_organisation(wave: WaveProxy, registry: 
     assert [pull_once(wave, answer, "198.51.100.20").status for _ in range(3)] == [200] * 3
     for number in (40, 41):
         assert submit(wave, token, containerFile=container_file(number)).status == 200
-    found: dict[str, int] = {}
-    while found != {"pulls": 3, "builds": 2}:  # counters are written twice a second
-        found = {path: counts(wave, f"{path}?org=counted.example")["count"] for path in ("pulls", "builds")}
+
+    def found() -> dict[str, int]:
+        return {path: counts(wave, f"{path}?org=counted.example")["count"] for path in ("pulls", "builds")}
+
+    until(lambda: found() == {"pulls": 3, "builds": 2}, lambda: str(found()))  # they are written twice a second
 
 
 def test_a_revoked_token_asks_for_nothing_more_and_containers_stay(

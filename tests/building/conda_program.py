@@ -147,7 +147,7 @@ def _install(parsed: Namespace) -> None:
 def _read(file: str) -> tuple[list[MatchSpec], list[str]]:
     """The specs and channels of an environment file, or of a lock file (a path or a URL) with the packages' URLs."""
     if file.startswith(("http://", "https://")):
-        with urlopen(file, timeout=30) as answer:
+        with urlopen(file, timeout=120) as answer:
             text = answer.read().decode()
     else:
         text = Path(file).read_text()

@@ -13,7 +13,6 @@ from pathlib import Path
 from platform import machine
 from shutil import copy
 from subprocess import run
-from time import monotonic, sleep
 from typing import Any
 
 from bench.images import Image, Layer, image, layer
@@ -22,10 +21,10 @@ from tests.building.conda_channel import write_channels
 from tests.building.cran import write_cran
 from tests.building.files import file_server
 from tests.building.images import r_extras, rootfs_layer
-from tests.building.works import log_of
+from tests.building.works import log_of, wait_done
 from tests.servers import WaveProxy, distribution, push
 
-PATIENCE_S = 600.0  # what takes longer hangs
+BUILD_S = 600.0  # what takes longer hangs
 MAMBA_IMAGES = ("mambaorg/micromamba:1.5.10-noble", "mambaorg/micromamba:2-amazon2023")
 PIXI_IMAGE = "prefix-dev/pixi:0.59.0-noble"
 R_IMAGE = "rocker/r-ver:4.4.1"
@@ -69,13 +68,7 @@ class Scene:
 
     def ended(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The build's status when it has ended."""
-        deadline = monotonic() + PATIENCE_S
-        while True:
-            status: dict[str, Any] = self.wave.request("GET", f"/v1alpha1/builds/{answer['buildId']}/status").json()
-            if status["status"] == "COMPLETED":
-                return status
-            assert monotonic() < deadline, log_of(self.wave, answer["buildId"])
-            sleep(0.05)
+        return wait_done(self.wave, answer["buildId"], BUILD_S)
 
     def log(self, answer: dict[str, Any]) -> str:
         """The log of the build."""

@@ -21,11 +21,11 @@ from tests.building.works import (
     open_works,
     order,
     records_of,
-    until,
     wait_done,
     why_no_builds,
 )
 from tests.clients.scene import shell_layer
+from tests.patience import until
 from tests.servers import WaveProxy, split_image
 from wave_proxy.supervisor import runtime_folder
 
@@ -212,16 +212,7 @@ def check_end(wave: WaveProxy, held: Held) -> None:
 
 def nothing_left(data: Path, redis: str, builders: Collection[int]) -> None:
     """Return when the builds have left nothing. Raises AssertionError with what they have left."""
-    found = [""]
-
-    def is_clean() -> bool:
-        found[:] = leftovers(data, redis, builders)
-        return not found
-
-    try:
-        until(is_clean, "")
-    except AssertionError:
-        pytest.fail(f"left behind: {found}")
+    until(lambda: not leftovers(data, redis, builders), lambda: f"left behind: {leftovers(data, redis, builders)}")
 
 
 def hold_all(wave: WaveProxy, phases: Sequence[Phase]) -> list[Held]:

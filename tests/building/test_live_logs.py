@@ -9,7 +9,8 @@ from threading import Thread
 
 import pytest
 
-from tests.building.works import PATIENCE_S, Works, log_of, open_works, order, until, wait_done, why_no_builds
+from tests.building.works import Works, log_of, open_works, order, wait_done, why_no_builds
+from tests.patience import PATIENCE_S, until
 from tests.servers import Response, WaveProxy, split_image
 from wave_proxy.image.oci import ACCEPT_MANIFESTS
 
@@ -116,7 +117,7 @@ def test_every_client_is_held_until_the_build_ends(works: Works, wave: WaveProxy
     with ThreadPoolExecutor(len(asked)) as clients:
         waiting = [clients.submit(ask, wave, method, answer["targetImage"], agent) for method, agent in asked]
         until(lambda: works.page.is_reached("pulled"), "the build does not begin")
-        assert log_of(wave, answer["buildId"])
+        until(lambda: log_of(wave, answer["buildId"]), "the log does not begin")
         assert not [one for one in waiting if one.done()]
         works.page.open("pulled")
         answers = [one.result() for one in waiting]

@@ -3,23 +3,21 @@
 import asyncio
 import re
 from base64 import b64encode
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
-from time import monotonic, sleep
 from typing import Any
 
 from bench.images import busybox_image, has_busybox
 from tests.boxes import why_no_box
 from tests.building.held import Doors, front_door, page
+from tests.patience import PATIENCE_S, until
 from tests.servers import WaveProxy, distribution, has_distribution, push, redis_server
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.builds import BuildLimits, BuildStore
 from wave_proxy.state.redis import connect
-
-PATIENCE_S = 60.0  # what takes longer hangs
 
 
 def why_no_builds() -> str:
@@ -29,14 +27,6 @@ def why_no_builds() -> str:
     if not has_distribution():
         return "docker-registry is not installed (Debian package docker-registry)"
     return why_no_box() if has_busybox() else "busybox is not installed (Debian package busybox-static)"
-
-
-def until(holds: Callable[[], object], problem: str) -> None:
-    """Return when that is so. Raises AssertionError when it takes too long."""
-    deadline = monotonic() + PATIENCE_S
-    while not holds():
-        assert monotonic() < deadline, problem
-        sleep(0.02)
 
 
 @dataclass
@@ -69,7 +59,9 @@ class Works:
     ) -> WaveProxy:
         """The program, not started; ``build`` are settings of ``[build]``."""
         told = {"allow_private": [self.page.address], **build}
-        config = "shutdown_grace = 4\n[build]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in told.items())
+        config = 'shutdown_grace = "60s"\n[upstream]\nidle_timeout = "10m"\n[build]\n' + "".join(
+            f"{key} = {_toml(value)}\n" for key, value in told.items()
+        )
         config += '[quota]\npull_anonymous = "off"\nbuild_anonymous = "off"\n'
         config += '[http]\ntrusted_proxies = ["127.0.0.1"]\n[log]\nrequests = "failed"\n'
         known = (self.registry, self.target.address, *upstreams)
@@ -110,21 +102,31 @@ def log_of(wave: WaveProxy, build_id: str) -> str:
     return answer.body.decode() if answer.status == 200 else ""
 
 
-def wait_done(wave: WaveProxy, build_id: str) -> Mapping[str, Any]:
-    """The build's status when it has ended."""
-    found: list[dict[str, Any]] = []
+def wait_done(wave: WaveProxy, build_id: str, within_s: float = PATIENCE_S) -> dict[str, Any]:
+    """The build's status when it has ended. Raises AssertionError with its log."""
 
-    def has_ended() -> bool:
-        found[:] = [wave.request("GET", f"/v1alpha1/builds/{build_id}/status").json()]
-        return bool(found[0]["status"] == "COMPLETED")
+    def ended() -> dict[str, Any] | None:
+        status: dict[str, Any] = wave.request("GET", f"/v1alpha1/builds/{build_id}/status").json()
+        return status if status["status"] == "COMPLETED" else None
 
-    until(has_ended, f"{build_id} does not end")
-    return found[0]
+    return until(ended, lambda: f"{build_id} does not end:\n{log_of(wave, build_id)}", within_s)
 
 
 def builder_pids(wave: WaveProxy) -> set[int]:
     """The builder's process; none when it is just being started again."""
-    return {pid for pid, title in wave.processes().items() if re.search(r" -m builder\b", title)}
+    # What a builder starts has its command line for an instant.
+    return {
+        pid
+        for pid, title in wave.processes().items()
+        if re.search(r" -m builder\b", title) and _parent(pid) == wave.pid
+    }
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None  # it has just ended
 
 
 def read_state(url: str, read: Callable[[BuildStore], Any]) -> Any:

@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 
 from tests.clients.scene import shell_layer
-
-TIMEOUT_S = 120.0  # a client that takes longer hangs
-DAEMON_TIMEOUT_S = 30.0
+from tests.patience import PATIENCE_S
 
 
 def find(name: str) -> str:
@@ -52,7 +50,7 @@ class Client:
                 stdin=DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=TIMEOUT_S,
+                timeout=PATIENCE_S,
                 env={**os.environ, **own, **self._env},
                 check=False,
             )
@@ -146,7 +144,7 @@ def _daemon(command: list[str], client: Client, log: Path, child: Path | None = 
 
 
 def _wait_for(client: Client, process: "Popen[bytes]", log: Path) -> None:
-    deadline = monotonic() + DAEMON_TIMEOUT_S
+    deadline = monotonic() + PATIENCE_S
     while client.attempt("version").returncode != 0:
         if process.poll() is not None or monotonic() > deadline:
             tail = log.read_text(errors="replace").strip()[-300:]
@@ -157,7 +155,7 @@ def _wait_for(client: Client, process: "Popen[bytes]", log: Path) -> None:
 def _stop(process: "Popen[bytes]", child: Path | None) -> None:
     process.terminate()
     try:
-        process.wait(DAEMON_TIMEOUT_S)
+        process.wait(PATIENCE_S)
     except TimeoutExpired:
         # A daemon that is killed has no time to end its child.
         for pid in (process.pid, *([int(child.read_text())] if child and child.exists() else ())):

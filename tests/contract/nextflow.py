@@ -14,6 +14,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from tests.contract.wire import Answer, Broken, Connection, Headers, is_instant
+from tests.patience import PATIENCE_S
 
 RETRIED = (429, 500, 502, 503, 504)
 STATUS = ("PENDING", "BUILDING", "SCANNING", "DONE")
@@ -194,7 +195,7 @@ class Nextflow:
         read_submitted(document, asked)
         return document
 
-    def await_(self, submitted: Mapping[str, Any], limit_s: float = 60.0) -> None:
+    def await_(self, submitted: Mapping[str, Any], limit_s: float = PATIENCE_S) -> None:
         """Return when the container is ready. Raises Failed."""
         if submitted.get("succeeded") is True:
             return

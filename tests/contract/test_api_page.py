@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from bench.images import layer
-from tests.building.works import until
 from tests.contract.conftest import Service
 from tests.contract.wire import Number, is_boolean, is_duration, is_instant, is_text
+from tests.patience import until
 from tests.servers import Response
 
 V2 = "/v1alpha2/container"

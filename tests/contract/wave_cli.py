@@ -27,6 +27,7 @@ from tests.contract.wire import (
     is_text,
     is_texts,
 )
+from tests.patience import PATIENCE_S
 
 OLDEST_SERVER = (1, 31, 0)
 RETRIED = (502, 503, 504)
@@ -266,7 +267,7 @@ class WaveCli:
         """The answer to a container request."""
         return read_submitted(self.post(path, body))
 
-    def await_(self, submitted: Mapping[str, Any], limit_s: float = 60.0) -> dict[str, Any] | None:
+    def await_(self, submitted: Mapping[str, Any], limit_s: float = PATIENCE_S) -> dict[str, Any] | None:
         """``--await``: how it ended; None when there is nothing to wait for. Raises Failed as the program does."""
         if submitted.get("requestId") is None or submitted.get("succeeded") is not None:
             return None

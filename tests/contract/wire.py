@@ -8,7 +8,7 @@ from socket import create_connection
 from types import TracebackType
 from typing import Any, Self
 
-TIMEOUT_S = 60.0
+from tests.patience import PATIENCE_S
 
 Headers = Sequence[tuple[str, str]]
 
@@ -63,7 +63,7 @@ class Connection:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.partition(":")
-        self._socket = create_connection((host, int(port)), timeout=TIMEOUT_S)
+        self._socket = create_connection((host, int(port)), timeout=PATIENCE_S)
         self._left = b""
 
     def __enter__(self) -> Self:

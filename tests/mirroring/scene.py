@@ -1,18 +1,16 @@
 """The whole program with users, a registry to mirror from and one to mirror to; there is no engine for builds."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 from bench.upstream import Upstream
 from tests.identified import issue
 from tests.mirroring.watched import Watched
+from tests.patience import until
 from tests.servers import PulledImage, WaveProxy, distribution, pull, redis_server
-
-PATIENCE_S = 60.0  # what takes longer hangs
 
 CONFIG = """
 [build]
@@ -24,14 +22,6 @@ admin = "sha256:f52fbd32b2b3b86ff88ef6c490628285f482af15ddcb29541f94bcf526a3f6c7
 requests = "failed"
 """
 ADMIN = {"Authorization": "Basic YWRtaW46aHVudGVyMg=="}  # hunter2
-
-
-def until(holds: Callable[[], object], problem: Callable[[], str]) -> None:
-    """Return when that is so. Raises AssertionError when it takes too long."""
-    deadline = monotonic() + PATIENCE_S
-    while not holds():
-        assert monotonic() < deadline, problem()
-        sleep(0.02)
 
 
 @dataclass

@@ -10,7 +10,8 @@ import pytest
 
 from bench.images import Image, image, index, layer, random_blob
 from tests.building.works import builder_pids
-from tests.mirroring.scene import Scene, open_local_scene, open_scene, until
+from tests.mirroring.scene import Scene, open_local_scene, open_scene
+from tests.patience import until
 from tests.servers import has_distribution
 
 BLOB_BYTES = 6_000_000  # more than the buffers of sockets hold

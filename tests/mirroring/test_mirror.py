@@ -10,7 +10,8 @@ import pytest
 from bench.images import Family, Image, blob, descriptor, digest_of, image, index, layer
 from bench.upstream import Upstream
 from tests.identified import issue
-from tests.mirroring.scene import ADMIN, CONFIG, Scene, open_local_scene, open_scene, until
+from tests.mirroring.scene import ADMIN, CONFIG, Scene, open_local_scene, open_scene
+from tests.patience import until
 from tests.servers import WaveProxy, distribution, has_distribution, http_request, pull, redis_server
 from wave_proxy.image.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
 

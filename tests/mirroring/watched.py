@@ -13,6 +13,7 @@ from typing import Self
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 from bench.listening import listening
+from tests.patience import PATIENCE_S
 
 _UPLOAD = re.compile(r"/v2/(.+)/blobs/uploads/")
 _MANIFEST = re.compile(r"/v2/(.+)/manifests/(.+)")
@@ -97,7 +98,7 @@ class Watched:
         started: Future[int] = Future()
         self._thread = Thread(target=lambda: asyncio.run(self._serve(started)), name="watched")
         self._thread.start()
-        self.address = f"127.0.0.1:{started.result(10)}"
+        self.address = f"127.0.0.1:{started.result(PATIENCE_S)}"
         return self
 
     def __exit__(

@@ -11,11 +11,13 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from bench.images import layer
-from tests.building.works import Works, open_works, order, until, wait_done, why_no_builds
+from tests.building.works import Works, open_works, order, wait_done, why_no_builds
 from tests.identified import issue
+from tests.patience import PATIENCE_S, until
 from tests.servers import WaveProxy
 
 EVIL = """</pre><script>alert("1")</script><img src=x onerror=alert(2)><a href="javascript:alert(3)">x</a>"""
+PATIENCE_MS = PATIENCE_S * 1000
 CHROMIUM = which("chromium")
 ARGUMENTS = [
     "--no-sandbox",  # tests may run as root
@@ -47,6 +49,7 @@ def wave(works: Works) -> Iterator[WaveProxy]:
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (Debian package chromium)")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield chromium
@@ -57,6 +60,7 @@ def browser() -> Iterator[Browser]:
 def visit(browser: Browser, wave: WaveProxy) -> Iterator[Open]:
     """``visit(path)`` opens a page; in the end nothing may have gone wrong there, or elsewhere than here."""
     context = browser.new_context(viewport={"width": 400, "height": 800})
+    context.set_default_timeout(PATIENCE_MS)
     troubles: list[str] = []
 
     def dismiss(dialog: Dialog) -> None:
@@ -65,7 +69,6 @@ def visit(browser: Browser, wave: WaveProxy) -> Iterator[Open]:
 
     def visit(path: str) -> Page:
         page = context.new_page()
-        page.set_default_timeout(30_000)
         page.on("console", lambda said: troubles.append(said.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", dismiss)
@@ -153,11 +156,12 @@ def test_without_scripts_the_page_asks_again(works: Works, wave: WaveProxy, brow
     build_id = order(wave, f"FROM {works.base}\nRUN echo before; {works.wait_at('still')}\n")["buildId"]
     until(lambda: works.page.is_reached("still"), "the build does not begin")
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     page.goto(f"{wave.url}/view/builds/{build_id}")
-    text_of(page, "#log").to_contain_text("before\n", timeout=30_000)
+    text_of(page, "#log").to_contain_text("before\n")
     works.page.open("still")
-    text_of(page, "#facts .state").to_have_text("Succeeded", timeout=30_000)
+    text_of(page, "#facts .state").to_have_text("Succeeded")
     context.close()
 
 

@@ -15,6 +15,7 @@ from bench.upstream import Upstream
 from tests.api_server import ApiServer
 from tests.identified import issued
 from tests.pages.html import Page, read_page
+from tests.patience import PATIENCE_S
 from tests.servers import Response, redis_server
 from wave_proxy.image.build import BuildSpec, Compression
 from wave_proxy.image.request import ContainerRequest, Identity
@@ -92,7 +93,7 @@ class Builder:
     async def claim(self, job_id: str) -> Claim:
         """That job; others, which tests have left, are ended."""
         while True:
-            claim = await self.store.claim("test", 5)
+            claim = await self.store.claim("test", PATIENCE_S)
             assert claim is not None
             if claim.record.build_id == job_id:
                 return claim

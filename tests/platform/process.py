@@ -1,11 +1,12 @@
 """Starts the stand-in for a Platform, and tells it what to do."""
 
 import sys
+from collections.abc import Callable
 from subprocess import PIPE, Popen
-from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self
 
+from tests.patience import until
 from tests.servers import ROOT, WaveProxy, free_port, http_request
 
 TOKEN = "licence-7"
@@ -63,9 +64,6 @@ class StandIn:
         """End the session."""
         self.tell(pair="")
 
-    def wait_for(self, condition: Any) -> None:
-        """Return when the list of what became of sessions fulfils this. Raises AssertionError after 10 s."""
-        deadline = monotonic() + 10
-        while not condition(self.state()["sessions"]):
-            assert monotonic() < deadline, self.state()
-            sleep(0.02)
+    def wait_for(self, condition: Callable[[list[str]], bool]) -> None:
+        """Return when the list of what became of sessions fulfils this. Raises AssertionError."""
+        until(lambda: condition(self.state()["sessions"]), lambda: str(self.state()))
