@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 
 from api.jobs.tails import WINDOW_BYTES
 from tests.api_server import ApiServer
+from tests.patience import PATIENCE_S, patience
 from tests.redis_faults import durable_redis
 from tests.servers import WaveProxy, redis_server
 from wave_proxy.image.build import BuildSpec, Compression
@@ -86,7 +87,7 @@ class Builder:
 
     async def claim(self) -> Claim:
         """The build whose turn it is, in this builder's hands."""
-        claim = await self.store.claim("test", 5)
+        claim = await self.store.claim("test", PATIENCE_S)
         assert claim is not None
         self.claims.append(claim)
         return claim
@@ -111,7 +112,7 @@ async def building(redis: str) -> AsyncIterator[Builder]:
     """A builder, that leaves no builds to others."""
     client = connect(redis)
     try:
-        builder = Builder(BuildStore(client, BuildLimits(1000)))
+        builder = Builder(BuildStore(client, BuildLimits(1000), lease_s=600.0))
         yield builder
         await builder.leave()
         while (await builder.store.queue_length()) != (0, 0):
@@ -322,7 +323,7 @@ async def curl(url: str, *options: str) -> AsyncIterator[asyncio.StreamReader]:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(20):
+        async with patience():
             yield process.stdout
             assert await process.wait() == 0, (await process.stderr.read()).decode()
     finally:
@@ -412,7 +413,7 @@ async def test_many_followers_share_what_they_need_and_leave_nothing(redis: str,
     request = f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     host, port = api.address.split(":")
     followers = []
-    async with asyncio.timeout(60):
+    async with patience():
         for _ in range(500):
             reader, writer = await asyncio.open_connection(host, int(port))
             writer.write(request)
@@ -495,7 +496,7 @@ async def test_events_go_on_where_the_client_was(api: Server, builder: Builder) 
     path = f"/v1alpha1/builds/{claim.record.build_id}/logs"
     for line in (b"1\n", b"22\n"):
         await builder.store.append_log(claim, line)
-    with closing(HTTPConnection(api.address, timeout=10)) as connection:
+    with closing(HTTPConnection(api.address, timeout=PATIENCE_S)) as connection:
         connection.request("GET", f"{path}?offset=5", headers={**EVENTS, "Last-Event-ID": "2"})
         answer = connection.getresponse()
         assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"

@@ -12,6 +12,7 @@ from bench.images import image, layer
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
 from tests.identified import issue, issued
+from tests.patience import PATIENCE_S
 from tests.servers import redis_server
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.state.builds import BuildLimits, BuildStore
@@ -97,7 +98,7 @@ def asking(source: Upstream, target: Upstream, ada: str) -> Asking:
 async def claim(store: BuildStore, mirror_id: str) -> Any:
     """Be the builder that has that mirror."""
     while True:
-        found = await store.claim("test", 2.0)
+        found = await store.claim("test", PATIENCE_S)
         assert found is not None, "the mirror is not in the queue"
         if found.record.build_id == mirror_id:
             return found

@@ -12,6 +12,7 @@ import pytest
 from bench.images import image, layer, random_blob
 from bench.upstream import Upstream
 from tests.api_server import AUTHORITY, ApiServer
+from tests.patience import PATIENCE_S
 from tests.servers import redis_server
 from wave_proxy.image.build import BuildRecord
 from wave_proxy.image.limit import Limit
@@ -75,7 +76,7 @@ async def finish(redis: str, answer: dict[str, Any], **result: Any) -> None:
     """Be the builder of that build."""
     async with builder(redis) as store:
         while True:
-            claim = await store.claim("test", 2.0)
+            claim = await store.claim("test", PATIENCE_S)
             assert claim is not None, "the build is not in the queue"
             if claim.record.build_id == answer["buildId"]:
                 await store.append_log(claim, b"STEP 1: it goes\n")

@@ -10,6 +10,7 @@ import pytest
 
 from builder.child import Allowance, Child, find_program, run
 from builder.failures import BuildFailed
+from tests.patience import eventually, patience
 from tests.scanner_program import is_alive
 
 MUCH = Allowance(memory=1 << 30, disk=1 << 30, output=1 << 20)
@@ -41,7 +42,7 @@ async def test_its_exit_status_and_both_of_its_outputs(tmp_path: Path) -> None:
     ("text", "allowance", "message"),
     [
         pytest.param(
-            "x = bytearray(200 << 20); import time; time.sleep(60)",
+            "x = bytearray(200 << 20); import time; time.sleep(600)",
             Allowance(100 << 20, 1 << 30, 1 << 20),
             "out of memory: the program used its limit of 104.9 MB; raise [build] memory",
             id="memory",
@@ -53,7 +54,7 @@ async def test_its_exit_status_and_both_of_its_outputs(tmp_path: Path) -> None:
             id="output",
         ),
         pytest.param(
-            "for n in range(40): open(str(n), 'wb').write(bytes(1 << 20))\nimport time; time.sleep(60)",
+            "for n in range(40): open(str(n), 'wb').write(bytes(1 << 20))\nimport time; time.sleep(600)",
             Allowance(1 << 30, 10 << 20, 1 << 20),
             "no space: the program used its limit of 10.5 MB of disk; raise [build] disk",
             id="disk",
@@ -61,7 +62,7 @@ async def test_its_exit_status_and_both_of_its_outputs(tmp_path: Path) -> None:
     ],
 )
 async def test_it_takes_too_much(tmp_path: Path, text: str, allowance: Allowance, message: str) -> None:
-    async with asyncio.timeout(20):
+    async with patience():
         with pytest.raises(BuildFailed) as caught:
             await run_python(tmp_path, text, allowance)
     assert str(caught.value) == message
@@ -76,16 +77,14 @@ async def test_a_file_is_never_larger_than_all_may_be(tmp_path: Path) -> None:
 async def test_nothing_is_left_when_it_is_cancelled(tmp_path: Path) -> None:
     text = (
         "import os, time\nchild = os.fork()\n"
-        "open('pid' if child else 'child', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+        "open('pid' if child else 'child', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
     running = asyncio.create_task(run_python(tmp_path, text))
     pids = [await _read_pid(tmp_path / name) for name in ("pid", "child")]
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    async with asyncio.timeout(10):
-        while any(is_alive(pid) for pid in pids):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
 
 
 @pytest.mark.skipif(find_program("setpriv") is None, reason="setpriv (util-linux) is not installed")
@@ -94,16 +93,14 @@ async def test_it_ends_with_the_builder(tmp_path: Path) -> None:
 import asyncio, sys
 from pathlib import Path
 from builder.child import Allowance, Child, run
-child = Child("x", ["sh", "-c", "echo $$ >pid; exec sleep 60"], Path({str(tmp_path)!r}), print, {{}})
+child = Child("x", ["sh", "-c", "echo $$ >pid; exec sleep 600"], Path({str(tmp_path)!r}), print, {{}})
 asyncio.run(run(child, Allowance(1 << 30, 1 << 30, 1 << 20)))
 """
     builder = await asyncio.create_subprocess_exec(sys.executable, "-c", text, cwd=Path(__file__).parent.parent)
     pid = await _read_pid(tmp_path / "pid")
     builder.kill()
     await builder.wait()
-    async with asyncio.timeout(10):
-        while is_alive(pid):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not is_alive(pid))
 
 
 async def test_a_program_that_is_none(tmp_path: Path) -> None:
@@ -116,10 +113,7 @@ async def test_a_program_that_is_none(tmp_path: Path) -> None:
 
 
 async def _read_pid(file: Path) -> int:
-    async with asyncio.timeout(20):
-        while not file.exists() or not file.read_text():
-            await asyncio.sleep(0.01)
-    return int(file.read_text())
+    return int(await eventually(lambda: file.exists() and file.read_text()))
 
 
 def test_how_programs_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from builder.forward import variables
 from builder.limits import Limits
 from builder.pipeline import check_platforms
 from tests.boxes import LIMITS, NO_PROXY, gate, until_there, why_no_box
+from tests.patience import PATIENCE_S, patience
 from tests.servers import distribution, free_port, has_distribution, http_request, push
 from wave_proxy.image.build import BuildSpec, Compression, Compressor
 from wave_proxy.upstream.layout import platform_of, read_layout
@@ -60,7 +61,7 @@ class Workshop:
         (folder / "Containerfile").write_text(text)
         for name, content in (files or {}).items():
             (folder / "context" / name).write_text(content)
-        spec = BuildSpec("0123456789abcdef", "x/y:z", text, **{"timeout_s": 60.0, **settings})
+        spec = BuildSpec("0123456789abcdef", "x/y:z", text, **{"timeout_s": 600.0, **settings})
         said = self.said[str(folder)] = bytearray()
         return Job(spec, folder, {BUSYBOX: f"{self.registry}/library/busybox"}, None, said.extend)
 
@@ -394,14 +395,14 @@ class TestBuildah:
         ("instruction", "reason", "status"),
         [
             pytest.param(
-                "RUN f() { f | f & }; f; sleep 100", "too many processes: the build reached", 1, id="fork-bomb"
+                "RUN f() { f | f & }; f; sleep 1000", "too many processes: the build reached", 1, id="fork-bomb"
             ),
             pytest.param("RUN /bin/busybox yes", "log too large: the build wrote more than", 1, id="endless-log"),
             pytest.param(
-                "RUN sleep 1000", "timed out: the build took longer than its limit of 3 s", TIMED_OUT, id="sleep"
+                "RUN sleep 10000", "timed out: the build took longer than its limit of 3 s", TIMED_OUT, id="sleep"
             ),
             pytest.param(
-                "RUN trap '' TERM INT HUP; while :; do sleep 1000; done", "timed out: ", TIMED_OUT, id="stubborn-sleep"
+                "RUN trap '' TERM INT HUP; while :; do sleep 10000; done", "timed out: ", TIMED_OUT, id="stubborn-sleep"
             ),
             pytest.param(
                 "RUN /bin/busybox dd if=/dev/zero of=/x bs=1M", "no space: the build filled", 1, id="one-file"
@@ -427,13 +428,13 @@ class TestBuildah:
     ) -> None:
         limits = replace(LIMITS, memory=10**9, disk=300 * 10**6, processes=200)
         async with workshop(tmp_path, registry, limits=limits) as shop:
-            timeout_s = 3.0 if "sleep 1000" in instruction else 60.0
+            timeout_s = 3.0 if "sleep 10000" in instruction else 600.0
             why = await shop.failure(f"FROM busybox\n{instruction}\n", timeout_s=timeout_s)
         assert reason in why.reason
         assert why.exit_status == status
 
     async def test_other_builds_go_on_beside_a_hostile_one(self, shop: Workshop) -> None:
-        bomb, killer = "FROM busybox\nRUN f() { f | f & }; f; sleep 100\n", "FROM busybox\nRUN kill -9 -1\n"
+        bomb, killer = "FROM busybox\nRUN f() { f | f & }; f; sleep 1000\n", "FROM busybox\nRUN kill -9 -1\n"
         good = "FROM busybox\nRUN for i in 1 2 3 4 5 6 7 8; do sleep 0.1; echo step; done; echo fine\n"
         bombed, killed, *built = await asyncio.gather(
             shop.failure(bomb), shop.failure(killer), shop.build(good), shop.build(good)
@@ -695,6 +696,14 @@ async def test_what_buildkit_lacks_is_named(
         await BuildKit(address, AUTHORITY, 10**6).check()
 
 
+async def _answers(engine: BuildKit) -> bool:
+    try:
+        await engine.check()
+    except EngineMissing:
+        return False
+    return True
+
+
 _BUILDKIT = all(shutil.which(name) for name in ("buildkitd", "buildctl", "runc", "setpriv"))
 
 
@@ -710,17 +719,16 @@ class TestBuildKit:
             daemon = subprocess.Popen([*command, "--containerd-worker=false"], stdout=log, stderr=log)
         engine = BuildKit(address, AUTHORITY, 10**6)
         try:
-            for attempt in range(100):
-                try:
-                    await engine.check()
-                    break
-                except EngineMissing:
-                    assert attempt < 99, (tmp_path / "buildkitd.log").read_text()
-                    await asyncio.sleep(0.1)
+            try:
+                async with patience():
+                    while not await _answers(engine):
+                        await asyncio.sleep(0.1)
+            except TimeoutError:
+                pytest.fail((tmp_path / "buildkitd.log").read_text())
             yield Workshop(tmp_path, registry, engine)
         finally:
             daemon.send_signal(SIGTERM)
-            daemon.wait(30)
+            daemon.wait(PATIENCE_S)
 
     async def test_a_container_file_becomes_an_image(self, shop: Workshop) -> None:
         text = "FROM busybox AS one\nFROM busybox:1\nCOPY --from=one /bin/busybox /a\nCOPY f /b\nENV X=y\n"

@@ -10,6 +10,7 @@ import pytest
 import builder.gate
 from builder.forward import Forward
 from builder.gate import Gate, Place, Writable
+from tests.patience import eventually, patience
 from tests.servers import free_port
 from wave_proxy.upstream.credentials import Login
 from wave_proxy.upstream.egress import Egress, Endpoint
@@ -63,7 +64,7 @@ class Scene:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[port])
         try:
             writer.write(request.replace("\n", "\r\n").encode())
-            async with asyncio.timeout(20):
+            async with patience():
                 return (await reader.read()).decode()
         finally:
             writer.close()
@@ -471,9 +472,7 @@ async def test_connections_end_with_the_gate() -> None:
             assert await reader.readexactly(5) == b"first"
         assert await reader.read() == b""
         writer.close()
-        async with asyncio.timeout(10):
-            while server.open:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not server.open)
 
 
 async def test_more_connections_than_there_is_room_for_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,15 +488,13 @@ async def test_more_connections_than_there_is_room_for_wait(monkeypatch: pytest.
         assert len(server.heads) == 2
         for _, writer in held:
             writer.close()
-        async with asyncio.timeout(10):
-            while len(server.heads) < 3:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: len(server.heads) == 3)
         third.cancel()
         await asyncio.gather(third, return_exceptions=True)
 
 
 async def test_a_connection_on_which_nothing_comes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder.gate, "_IDLE_S", 0.1)
+    monkeypatch.setattr(builder.gate, "_IDLE_S", 1.0)
     server = Server(b"first")
     async with listening(server.serve) as address, gate(address) as scene:
         assert await scene.ask("x\n\n", 2) == "first"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.redis_faults import durable_redis
 from wave_proxy.errors import ManifestUnknown, StillBuilding
 from wave_proxy.image.build import BuildSpec
@@ -31,7 +32,7 @@ async def stores(url: str) -> AsyncIterator[tuple[BuildStore, BuildStore]]:
 
 
 @asynccontextmanager
-async def holding(store: BuildStore, wait_s: float = 30.0) -> AsyncIterator[Holds]:
+async def holding(store: BuildStore, wait_s: float = PATIENCE_S) -> AsyncIterator[Holds]:
     holds = Holds(store, wait_s)
     try:
         yield holds
@@ -46,7 +47,7 @@ async def begin(store: BuildStore) -> Claim:
         """Everybody may."""
 
     await store.submit(SPEC, admit)
-    claim = await store.claim("test", 5.0)
+    claim = await store.claim("test", PATIENCE_S)
     assert claim is not None
     return claim
 

@@ -21,6 +21,7 @@ from builder.trivy import Trivy
 from builder.work import Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
+from tests.patience import PATIENCE_S, eventually
 from tests.scanner_program import Program, write_program
 from wave_proxy.image.build import BuildRecord, BuildSpec
 from wave_proxy.image.oci import digest_of
@@ -54,7 +55,7 @@ class Scene:
         self.folder = folder
         self.redis = redis
         self.upstream = upstream
-        self.builds = BuildStore(redis, BuildLimits(4), lease_s=1.5)
+        self.builds = BuildStore(redis, BuildLimits(4), lease_s=30.0)
         self.reports = ScanReports(redis)
 
     @asynccontextmanager
@@ -68,8 +69,8 @@ class Scene:
         trivy = Trivy(str(program.path), advisories, Allowance(1 << 30, 1 << 30, 1 << 20), severities=("HIGH",))
         fetching = Fetching(registry, workspaces, host, max_bytes)
         scanner = Scanner(trivy, fetching, workspaces, Lending(tokens, host), self.reports, most=2)
-        worker = Worker(self.builds, Works({"scan": scanner}), "one", slots=4, lease_s=1.5)
-        running = asyncio.create_task(worker.run(stop, 10))
+        worker = Worker(self.builds, Works({"scan": scanner}), "one", slots=4, lease_s=1.5)  # renewed twice a second
+        running = asyncio.create_task(worker.run(stop, PATIENCE_S))
         try:
             yield
         finally:
@@ -82,7 +83,7 @@ class Scene:
         async def admit() -> None:
             """No quota."""
 
-        members: dict[str, Any] = {"platform": "", "timeout_s": 60.0, **changes}
+        members: dict[str, Any] = {"platform": "", "timeout_s": PATIENCE_S, **changes}
         separator = "@" if reference.startswith("sha256:") else ":"
         source = f"{self.upstream.address}/wt/image{separator}{reference}"
         number = await self.redis.incr("number")
@@ -91,7 +92,7 @@ class Scene:
         return record.build_id
 
     async def done(self, scan_id: str) -> tuple[BuildRecord, str]:
-        record = await self.builds.wait_done(scan_id, 20)
+        record = await self.builds.wait_done(scan_id, PATIENCE_S)
         assert record is not None
         assert record.phase == "done"
         assert list((self.folder / "builds").iterdir()) == []
@@ -202,7 +203,7 @@ async def test_a_program_that_fails(scene: Scene, tmp_path: Path) -> None:
 async def test_a_scan_that_takes_too_long(scene: Scene, tmp_path: Path) -> None:
     program = write_program(tmp_path / "bin", image="time.sleep(600)")
     async with scene.builder(program):
-        record, _ = await scene.done(await scene.submit(timeout_s=1.0))
+        record, _ = await scene.done(await scene.submit(timeout_s=4.0))
     assert record.exit_status == TIMED_OUT
     assert record.reason.startswith("Container scan timed out")
     assert not Path(f"/proc/{program.calls[-1]['pid']}").exists()
@@ -212,9 +213,7 @@ async def test_a_scan_is_cancelled(scene: Scene, tmp_path: Path) -> None:
     program = write_program(tmp_path / "bin", image="time.sleep(600)")
     async with scene.builder(program):
         scan_id = await scene.submit()
-        async with asyncio.timeout(10):
-            while len(program.calls) < 2:
-                await asyncio.sleep(0.02)
+        await eventually(lambda: len(program.calls) >= 2)
         await scene.builds.cancel(scan_id, "enough")
         record, _ = await scene.done(scan_id)
     assert record.reason == "enough"
@@ -224,9 +223,7 @@ async def test_a_builder_that_stops_leaves_the_scan_to_the_next(scene: Scene, tm
     slow = write_program(tmp_path / "slow", image="time.sleep(600)")
     async with scene.builder(slow):
         scan_id = await scene.submit()
-        async with asyncio.timeout(10):
-            while len(slow.calls) < 2:
-                await asyncio.sleep(0.02)
+        await eventually(lambda: len(slow.calls) >= 2)
     async with scene.builder(looking(tmp_path)):
         record, _ = await scene.done(scan_id)
     assert (record.exit_status, record.attempt) == (0, 1)

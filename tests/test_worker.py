@@ -23,6 +23,7 @@ from builder.pipeline import Pipeline
 from builder.work import Work, Works
 from builder.worker import Worker
 from builder.workspace import Workspaces
+from tests.patience import PATIENCE_S, eventually, patience
 from tests.pushing import Target, target, write_layout
 from tests.redis_faults import durable_redis
 from tests.servers import WaveProxy, distribution, has_distribution, push
@@ -36,7 +37,8 @@ from wave_proxy.upstream.egress import Egress, endpoint_for
 from wave_proxy.upstream.registry import Registry
 
 IMAGE = image([layer({"a": "b"})])
-LEASE_S = 1.5
+LEASE_S = 30.0  # no machine is so slow that it ends while its builder lives...
+RENEWED_S = 0.5  # ...which is told of a cancellation when it renews it
 STREAM = "wave:{builds}:ready"
 
 Play = Callable[[Job], Awaitable[None]]
@@ -102,7 +104,7 @@ class Scene:
 
     async def done(self, build_id: str) -> tuple[BuildRecord, str]:
         """The record of a build when it is done, and its log."""
-        record = await self.builds.wait_done(build_id, 20)
+        record = await self.builds.wait_done(build_id, PATIENCE_S)
         assert record is not None
         assert record.phase == "done"
         return record, (await self.builds.read_log(build_id) or b"").decode()
@@ -116,7 +118,12 @@ class Scene:
 
     @asynccontextmanager
     async def builder(
-        self, engine: Engine | None, name: str = "one", slots: int = 4, authority: str = "wave.test"
+        self,
+        engine: Engine | None,
+        name: str = "one",
+        slots: int = 4,
+        authority: str = "wave.test",
+        lease_s: float = 3 * RENEWED_S,
     ) -> AsyncIterator[asyncio.Event]:
         """A builder that works until the end of the block, or until the event is set; it builds if it has an engine."""
         stop = asyncio.Event()
@@ -126,8 +133,8 @@ class Scene:
         works: dict[Kind, Work] = {}
         if engine is not None:
             works["build"] = Pipeline(engine, workspaces, registry, Lending(tokens, authority), Credentials({}))
-        worker = Worker(self.builds, Works(works), name, slots=slots, lease_s=LEASE_S)
-        running = asyncio.create_task(worker.run(stop, 10))
+        worker = Worker(self.builds, Works(works), name, slots=slots, lease_s=lease_s)
+        running = asyncio.create_task(worker.run(stop, PATIENCE_S))
         try:
             yield stop
         finally:
@@ -141,9 +148,9 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene_at(tmp_path: Path, url: str, limit: int = 4) -> AsyncIterator[Scene]:
+async def scene_at(tmp_path: Path, url: str, lease_s: float = LEASE_S) -> AsyncIterator[Scene]:
     async with connect(url) as redis, target() as to:
-        builds = BuildStore(redis, BuildLimits(limit), lease_s=LEASE_S)
+        builds = BuildStore(redis, BuildLimits(4), lease_s=lease_s)
         yield Scene(tmp_path / "builds", redis, to, builds)
 
 
@@ -167,9 +174,7 @@ def inline(content: Any) -> Layer:
 
 async def begun(engine: Script, count: int = 1) -> None:
     """Return when so many jobs have begun."""
-    async with asyncio.timeout(10):
-        while len(engine.jobs) < count:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: len(engine.jobs) >= count)
 
 
 async def test_build_is_pushed_and_its_log_kept(scene: Scene) -> None:
@@ -318,7 +323,8 @@ async def test_fault_of_the_builder_ends_the_build_and_not_the_builder(scene: Sc
 
 async def test_no_more_at_a_time_than_there_are_slots(scene: Scene) -> None:
     async def play(_: Job) -> None:
-        await asyncio.sleep(0.1)
+        await eventually(lambda: engine.most == 2)
+        await asyncio.sleep(0.1)  # for a third one
 
     engine = Script(play)
     async with scene.builder(engine, slots=2):
@@ -330,7 +336,7 @@ async def test_no_more_at_a_time_than_there_are_slots(scene: Scene) -> None:
 async def test_a_builder_that_does_not_build_leaves_builds_to_others(scene: Scene) -> None:
     async with scene.builder(None, "without an engine"):
         build_id = await scene.submit()
-        async with asyncio.timeout(20):
+        async with patience():
             while await scene.redis.hget(f"wave:{{builds}}:build:{build_id}", "claim") != b"released":
                 await asyncio.sleep(0.01)
         async with scene.builder(Script(), "with one"):
@@ -370,15 +376,14 @@ async def test_build_of_a_builder_that_stops_begins_at_once_at_another(scene: Sc
 
 async def test_build_that_was_taken_over_is_ended_and_left_alone(scene: Scene) -> None:
     engine = Script(forever)
-    async with scene.builder(engine):
+    async with scene.builder(engine, slots=1):  # so that it does not take it over from itself
         build_id = await scene.submit()
         await begun(engine)
-        await scene.run_out()
-        other = await scene.builds.claim("other", 1)
-        assert other is not None
-        async with asyncio.timeout(10):
-            while not engine.ended:
-                await asyncio.sleep(0.02)
+        other = None
+        while other is None:  # it is renewed in between
+            await scene.run_out()
+            other = await scene.builds.claim("other", 0.0)
+        await eventually(lambda: engine.ended)
         await scene.builds.append_log(other, b"mine\n")
         await scene.builds.finish(other, exit_status=3, reason="mine")
     record, log = await scene.done(build_id)
@@ -387,17 +392,18 @@ async def test_build_that_was_taken_over_is_ended_and_left_alone(scene: Scene) -
     assert scene.to.manifests == {}
 
 
-async def test_lease_is_held_for_as_long_as_the_build_takes(scene: Scene) -> None:
+async def test_lease_is_held_for_as_long_as_the_build_takes(tmp_path: Path, redis_url: str) -> None:
     go_on = asyncio.Event()
 
     async def play(_: Job) -> None:
         await go_on.wait()
 
     engine = Script(play)
-    async with scene.builder(engine):
+    lease_s = 4.0
+    async with scene_at(tmp_path, redis_url, lease_s) as scene, scene.builder(engine, lease_s=lease_s):
         build_id = await scene.submit()
         await begun(engine)
-        assert await scene.builds.claim("other", 2 * LEASE_S) is None
+        assert await scene.builds.claim("other", 1.5 * lease_s) is None
         go_on.set()
         record, _ = await scene.done(build_id)
     assert (record.attempt, record.succeeded) == (1, True)
