@@ -18,7 +18,7 @@ _WORKERS = 4  # as the quota's goal says, also where there are fewer cores
 _CONNECTIONS = 64  # so that the kernel gives some to each worker
 _PERIODS = 2
 _UNLIMITED = "1000000000/1h"  # counted like any other
-_RETURN_LIMIT_S = 10.0  # for what a worker has to report, and for permits on lease
+_RETURN_LIMIT_S = 60.0  # for what a worker has to report, and for permits on lease
 
 
 def warm_path(proxies: Sequence[WaveProxy], image: str) -> str:

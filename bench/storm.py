@@ -17,7 +17,7 @@ from bench.children import child, raise_file_limit
 from bench.windows import Admissions
 from wave_proxy.image.oci import ACCEPT_MANIFESTS
 
-ANSWER_LIMIT_S = 30.0  # how long after its end a storm waits for the last answers
+ANSWER_LIMIT_S = 120.0  # how long after its end a storm waits for the last answers
 _RECONNECT_S = 0.05
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 

@@ -22,6 +22,7 @@ from bench.listening import listening
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags)/(?P<reference>[^/]+)")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _JSON = "application/json"
+_LIMIT_S = 120.0  # on a machine that is slow and busy too
 
 
 @dataclass
@@ -173,14 +174,14 @@ class Upstream:
         started: Future[int] = Future()
         self._thread = Thread(target=lambda: asyncio.run(self._serve(started)), name="upstream", daemon=True)
         self._thread.start()
-        self._port = started.result(timeout=10)
+        self._port = started.result(timeout=_LIMIT_S)
 
     def stop(self) -> None:
         """Close the port and all connections; stalled answers end short."""
         thread, self._thread = self._thread, None
         if thread and self._loop and self._stopping:
             self._loop.call_soon_threadsafe(self._stopping.set)
-            thread.join(timeout=10)
+            thread.join(timeout=_LIMIT_S)
             assert not thread.is_alive(), "the upstream's thread does not end"
 
     def __enter__(self) -> Self:

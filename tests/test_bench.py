@@ -14,7 +14,7 @@ from math import inf, isnan
 from pathlib import Path
 from socket import create_server, socket
 from tempfile import TemporaryDirectory
-from time import monotonic, sleep
+from time import sleep
 
 import pytest
 
@@ -28,9 +28,10 @@ from bench.report import Goal, Result, Verdict, number, table, to_json
 from bench.scenarios import SCENARIOS
 from bench.storm import Storm
 from bench.upstream import Upstream
+from tests.patience import PATIENCE_S, until
 from tests.servers import ROOT
 
-LIMIT_S = 120.0
+LIMIT_S = 5 * PATIENCE_S  # of a run, which has its own waits
 OTHER = "nginx proxy_cache"
 BIG = blob(random_blob(32 << 20, 1))
 
@@ -183,7 +184,7 @@ def test_a_crowd_stays_and_reads_slowly(manifest: tuple[Upstream, str]) -> None:
     server, path = manifest
     with Crowd(server.address) as crowd:
         crowd.join(path, 40, f"/v2/library/tool/blobs/{BIG.digest}", 100)
-        sleep(0.1)  # some have had their turn
+        sleep(0.5)  # some have had their turn
         presence = crowd.leave()
         assert presence.open == 140
         assert 0 < presence.received < BIG.size
@@ -214,7 +215,7 @@ def test_a_crowd_notices_connections_that_were_closed() -> None:
 def test_a_storm_notes_who_was_let_in_and_who_was_not(manifest: tuple[Upstream, str]) -> None:
     server, path = manifest
     server.faults.status, server.faults.fail_times = {path: 429}, 7
-    with Storm([server.address], path, connections=4, duration_s=0.5) as storm:
+    with Storm([server.address], path, connections=4, duration_s=1.5) as storm:
         began = storm.begin()
         outcome = storm.outcome()
     assert outcome.others == {429: 7}
@@ -348,14 +349,11 @@ def test_sigterm_ends_everything() -> None:
     ):
         assert process.stderr is not None
         assert process.stderr.read(5) == "start"
-        deadline = monotonic() + LIMIT_S
         # The service is one child; it has started its parts when there are children of that.
-        while not (parts := [part for child in children(process.pid) for part in children(child)]):
-            assert monotonic() < deadline, process.poll()
-            sleep(0.01)
+        parts = until(
+            lambda: [part for child in children(process.pid) for part in children(child)], lambda: f"{process.poll()}"
+        )
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=LIMIT_S)
+        process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGTERM
-    while left := [pid for pid in parts if Path(f"/proc/{pid}").exists()]:  # killed, maybe not gone yet
-        assert monotonic() < deadline, left
-        sleep(0.01)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts))  # killed, maybe not gone yet

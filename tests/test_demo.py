@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
-from time import monotonic, sleep
 
 import pytest
 
@@ -18,10 +17,10 @@ from bench.demo import NEXT, REPOSITORY, TAG, sample_image
 from bench.herd import Herd, PullFailed, quantile
 from bench.images import busybox_image, has_busybox
 from bench.upstream import Faults, Upstream
+from tests.patience import PATIENCE_S, until
 from tests.servers import ROOT, WaveProxy, free_port
 
 SMALL = ("--clients", "4", "--megabytes", "1")
-LIMIT_S = 120.0
 
 
 @contextmanager
@@ -90,15 +89,16 @@ def command_line(pid: int) -> str:
 
 def assert_all_end(processes: dict[int, str]) -> None:
     """Some end on their own a moment after the one that they served."""
-    deadline = monotonic() + LIMIT_S
-    while left := {pid: title for pid, title in processes.items() if command_line(pid)}:
-        assert monotonic() < deadline, left
-        sleep(0.01)
+
+    def left() -> dict[int, str]:
+        return {pid: title for pid, title in processes.items() if command_line(pid)}
+
+    until(lambda: not left(), lambda: str(left()))
 
 
 def test_demo_shows_what_happened_and_what_to_do_next() -> None:
     with demo(*SMALL) as process:
-        output, errors = process.communicate(timeout=LIMIT_S)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert errors == ""
     assert re.search(rf"requested +127\.0\.0\.1:\d+/{REPOSITORY}:{TAG} \(3 layers, 1\.\d MB", output)
@@ -122,7 +122,7 @@ def test_ctrl_c_ends_everything() -> None:
         assert {"api", "wave_proxy"} <= {word for title in started.values() for word in title.split()}
         for pid in (process.pid, *(pid for pid, title in started.items() if "spawn_main" in title)):
             os.kill(pid, signal.SIGINT)  # a terminal sends it to all
-        _, errors = process.communicate(timeout=LIMIT_S)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert errors == "demo: interrupted; everything is stopped and removed\n"
     assert_all_end(started)
@@ -134,7 +134,7 @@ def test_a_service_that_dies_is_a_failure() -> None:
         started = descendants(process.pid)
         service = min(pid for pid, title in started.items() if " serve " in title)
         os.kill(service, signal.SIGKILL)
-        output, errors = process.communicate(timeout=LIMIT_S)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "demo failed: " in errors
     assert "wave-proxy has ended with exit code -9; the end of its log:\n  ready http" in errors
@@ -145,7 +145,7 @@ def test_a_service_that_dies_is_a_failure() -> None:
 @pytest.mark.parametrize("arguments", [("--clients", "0"), ("--megabytes", "x")], ids=" ".join)
 def test_wrong_arguments_are_named(arguments: tuple[str, str]) -> None:
     with demo(*arguments) as process:
-        _, errors = process.communicate(timeout=LIMIT_S)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     assert f"argument {arguments[0]}: invalid" in errors
 
@@ -160,7 +160,7 @@ def test_the_lines_to_paste_name_an_image_that_can_be_pulled(
     proxy = wave(config=f'[registries."docker.io"]\nendpoint = "{hub.url}"\n')
     shown = NEXT.format(serve="wave-proxy serve").replace("localhost:9090", proxy.address)
     (request,) = (block for block in shown.split("\n\n") if "curl" in block)
-    done = subprocess.run(["sh", "-c", request], capture_output=True, text=True, timeout=LIMIT_S)
+    done = subprocess.run(["sh", "-c", request], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")
     assert "GREETING=hello" in proxy.pull(done.stdout.strip()).config["config"]["Env"]
 

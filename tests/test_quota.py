@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import multiprocessing
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
+from tests.patience import PATIENCE_S, eventually, patience
 from tests.redis_faults import DurableRedis, Lossy, durable_redis
 from wave_proxy._fast.window import Ledger
 from wave_proxy.errors import StateUnavailable, TooManyRequests
@@ -25,17 +26,25 @@ from wave_proxy.state.redis import connect
 
 ADA = subject_of("pull", "ada@example.com", "10.0.0.1")
 OPTIONS: Mapping[str, Any] = {"wait_s": 0.0}
-# Someone who was held runs a little after the decision; how much, the machine's other work says.
-HELD_SLACK_S = 0.05
 
 Admission = tuple[float, float]  # the decision was between these instants
 
 
+class Watched(Quotas):
+    """Tells when it decided about those whom it holds, who run only when the machine comes to them."""
+
+    served_at = 0.0
+
+    def _serve(self, account: quota._Account) -> None:
+        self.served_at = monotonic()
+        super()._serve(account)
+
+
 @asynccontextmanager
-async def running(url: str, limit: Limit | None, **options: Any) -> AsyncIterator[Quotas]:
+async def running(url: str, limit: Limit | None, **options: Any) -> AsyncIterator[Watched]:
     """One process's quotas, with their background work, closed at the end."""
     async with connect(url) as redis:
-        quotas = Quotas(redis, {("pull", True): limit}, **{**OPTIONS, **options})
+        quotas = Watched(redis, {("pull", True): limit}, **{**OPTIONS, **options})
         background = asyncio.create_task(quotas.run())
         try:
             yield quotas
@@ -79,13 +88,6 @@ async def places(url: str) -> int:
         return int(await redis.hget("wave:quota:{pull:user:ada@example.com}:counts", "total") or 0)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that must come. Raises TimeoutError."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +117,7 @@ def test_an_address_is_never_a_user() -> None:
 
 
 async def test_the_limit_is_let_in_and_no_more(redis_url: str) -> None:
-    async with running(redis_url, Limit(20, 60.0)) as quotas:
+    async with running(redis_url, Limit(20, 600.0)) as quotas:
         assert await count(quotas, 50) == 20
         assert await count(quotas, 50, subject_of("pull", "bob@example.com", "")) == 20
 
@@ -137,14 +139,16 @@ async def test_a_limit_of_zero_lets_nobody_in(redis_url: str) -> None:
 async def test_a_refusal_says_who_what_and_when(redis_url: str) -> None:
     async with connect(redis_url) as redis:
         quotas = Quotas(redis, {("pull", False): Limit(2, 60.0), ("pull", True): Limit(9, 1.0)}, wait_s=0.0)
-        someone = subject_of("pull", None, "2001:db8::1")
+        someone, began = subject_of("pull", None, "2001:db8::1"), monotonic()
         assert await count(quotas, 2, someone) == 2
         with pytest.raises(TooManyRequests) as raised:
             await quotas.admit(someone)
+        passed_s = monotonic() - began
         await quotas.close()
     error, message = raised.value, str(raised.value)
     assert (error.limit, error.remaining) == (2, 0)
-    assert error.reset_s in (59, 60, 61)
+    assert error.reset_s is not None
+    assert 60 - passed_s <= error.reset_s <= 61
     assert error.retry_after_s == min(error.reset_s, 60)
     assert message.startswith("Request exceeded pull rate limit for IP 2001:db8::/64: 2/1m; try again in ")
     assert message.endswith("Z (users with an access token have 9/1s)")
@@ -167,7 +171,7 @@ async def test_a_refusal_is_remembered(redis_url: str) -> None:
 
 async def test_single_permits_are_a_period_apart(redis_url: str) -> None:
     decided: list[Admission] = []
-    async with running(redis_url, Limit(1, 0.3), wait_s=5.0) as quotas:
+    async with running(redis_url, Limit(1, 0.3), wait_s=PATIENCE_S) as quotas:
         for _ in range(6):
             before = monotonic()
             await quotas.admit(ADA)
@@ -183,7 +187,7 @@ async def test_who_waits_is_let_in_in_order(redis_url: str) -> None:
         await quotas.admit(ADA)
         order.append(number)
 
-    async with running(redis_url, Limit(5, 0.5), wait_s=30.0) as quotas:
+    async with running(redis_url, Limit(5, 0.5), wait_s=PATIENCE_S) as quotas:
         async with asyncio.TaskGroup() as group:
             for number in range(18):
                 group.create_task(wait(quotas, number))
@@ -191,16 +195,18 @@ async def test_who_waits_is_let_in_in_order(redis_url: str) -> None:
 
 
 async def test_who_gives_up_waiting_takes_nobodys_place(redis_url: str) -> None:
-    async with running(redis_url, Limit(2, 0.5), wait_s=30.0) as quotas:
+    number, limit = 200, Limit(2, 2.0)
+    turn_s = number / limit.max * limit.period_s
+    async with running(redis_url, limit, wait_s=2 * turn_s) as quotas:
         assert await count(quotas, 2) == 2
-        gone = [asyncio.create_task(quotas.admit(ADA)) for _ in range(50)]
-        await asyncio.sleep(0.05)
+        gone = [asyncio.create_task(quotas.admit(ADA)) for _ in range(number)]
+        await eventually(lambda: quotas._waiting == number)
         for task in gone:
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
-        began = monotonic()
-        await asyncio.gather(quotas.admit(ADA), quotas.admit(ADA))
-        assert monotonic() - began < 5.0
+        assert turn_s > PATIENCE_S, "it would not be seen that their places are taken"
+        async with patience():
+            await asyncio.gather(quotas.admit(ADA), quotas.admit(ADA))
         assert all(task.cancelled() for task in gone)
 
 
@@ -208,15 +214,15 @@ async def test_nobody_is_held_who_can_not_be_let_in_within_the_wait(redis_url: s
     async with running(redis_url, Limit(4, 600.0), wait_s=10.0) as quotas:
         assert await count(quotas, 4) == 4
         assert await count(quotas, 100) == 0
-    async with running(redis_url, Limit(3, 1.0), wait_s=1.3) as quotas:
+    async with running(redis_url, Limit(3, 2.0), wait_s=3.5) as quotas:
         bob = subject_of("pull", "bob@example.com", "")
         assert await count(quotas, 3, bob) == 3
-        await asyncio.sleep(0.15)  # the last lease is reported: it is known when each permit frees
+        await asyncio.sleep(0.3)  # the last lease is reported: it is known when each permit frees
         assert await count(quotas, 1, bob) == 1
 
 
 async def test_only_so_many_are_held(redis_url: str) -> None:
-    async with running(redis_url, Limit(2, 1.0), wait_s=30.0, max_waiting=3) as quotas:
+    async with running(redis_url, Limit(2, 1.0), wait_s=PATIENCE_S, max_waiting=3) as quotas:
         assert await count(quotas, 2) == 2
         answers = await asyncio.gather(*(admitted(quotas) for _ in range(10)))
         assert answers == [True] * 3 + [False] * 7
@@ -226,16 +232,17 @@ async def test_only_so_many_are_held(redis_url: str) -> None:
 async def test_who_is_not_seen_for_long_is_forgotten_here_but_not_in_redis(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quota, "_IDLE_S", 0.1)
+    monkeypatch.setattr(quota, "_IDLE_S", 3600.0)
     somebodies = [subject_of("pull", f"{n}@example.com", "") for n in range(200)]
 
     def remembered() -> int:
         return sum(isinstance(thing, Ledger) for thing in gc.get_objects())
 
-    async with running(redis_url, Limit(3, 5.0)) as quotas:
+    async with running(redis_url, Limit(3, 600.0)) as quotas:
         assert await asyncio.gather(*(count(quotas, 2, somebody) for somebody in somebodies)) == [2] * 200
-        assert remembered() >= 100
-        await until(lambda: remembered() == 0)
+        assert remembered() == 200
+        monkeypatch.setattr(quota, "_IDLE_S", 0.1)
+        await eventually(lambda: remembered() == 0)
         assert await count(quotas, 3, somebodies[7]) == 1
 
 
@@ -271,12 +278,11 @@ async def test_what_is_older_than_a_shortened_period_does_not_count(redis_url: s
     async with running(redis_url, Limit(3, 120.0)) as quotas:
         assert await count(quotas, 5) == 3
     before = monotonic()
-    async with running(redis_url, Limit(2, 0.4), wait_s=10.0) as quotas:
+    async with running(redis_url, Limit(2, 0.4), wait_s=60.0) as quotas:
         await asyncio.gather(quotas.admit(ADA), quotas.admit(ADA))
-        waited_s = monotonic() - before
+        assert monotonic() - before < 60.0
         await quotas.admit(ADA)
-        assert monotonic() - before - waited_s > 0.1
-    assert waited_s < 3.0
+        assert monotonic() - before >= 0.4
     assert await places(redis_url) <= 3
 
 
@@ -295,18 +301,23 @@ async def test_what_a_lease_left_unused_comes_back_under_another_period(redis_ur
 async def hold_permits(quotas: Quotas) -> int:
     """Use permits so fast that the next are leased ahead; returns how many were used."""
     used = await count(quotas, 10)
-    assert quotas.try_admit(ADA), "nothing was leased ahead"
+    while not quotas.try_admit(ADA):  # the machine was so slow that the lease is over
+        used += (more := await count(quotas, 10))
+        assert more == 10, "nothing is leased ahead"
     return used + 1
 
 
-async def test_what_a_process_does_not_use_comes_back_when_the_lease_ends(redis_url: str) -> None:
+async def test_what_a_process_does_not_use_comes_back_when_the_lease_ends(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "_LEASE_S", 3.0)
     limit = Limit(100, 600.0)
     async with running(redis_url, limit) as first, running(redis_url, limit) as second:
         used = await hold_permits(first)
         leased = await count(second, 200)
         assert leased < 100 - used, "the first one's lease was free"
         before = await calls(redis_url)
-        async with asyncio.timeout(20):
+        async with patience():
             while leased + used < 100:
                 leased += await count(second, 200)
                 await asyncio.sleep(0.01)
@@ -324,18 +335,23 @@ async def test_what_a_process_does_not_use_comes_back_when_it_closes(redis_url: 
 
 async def test_what_is_kept_in_redis_is_bounded_and_expires(redis_url: str) -> None:
     async with AsyncExitStack() as stack:
-        several = [await stack.enter_async_context(running(redis_url, Limit(10**9, 0.6))) for _ in range(3)]
-        ends = monotonic() + 1.5
+        several = [await stack.enter_async_context(running(redis_url, Limit(10**9, 2.0))) for _ in range(3)]
+        ends = monotonic() + 3.0
         while monotonic() < ends:
             for quotas in several:
                 assert await count(quotas, 20) == 20
         found = await keys(redis_url)
         assert found == [f"wave:quota:{{pull:user:ada@example.com}}:{p}".encode() for p in ("counts", "free", "leases")]
         async with connect(redis_url) as redis:
-            assert 2 < await redis.zcard(found[1]) <= 700
-            assert await redis.hlen(found[0]) == await redis.zcard(found[1]) + 2
-            assert await redis.hlen(found[2]) == 3
-            assert all([0 < await redis.ttl(key) <= 62 for key in found])
+            async with redis.pipeline() as look:  # at once: leases end meanwhile
+                look.hlen(found[0])
+                look.zcard(found[1])
+                look.hlen(found[2])
+                counts, instants, leases = await look.execute()
+            assert 2 < instants <= 700
+            assert counts == instants + 2
+            assert leases == 3
+            assert all([0 < await redis.ttl(key) <= 63 for key in found])
 
 
 @dataclass(frozen=True)
@@ -366,7 +382,7 @@ async def _storm(storm: Storm, pipe: Connection) -> None:
     pipe.send(log)
 
 
-async def _storm_client(quotas: Quotas, ends: float, log: list[Admission]) -> None:
+async def _storm_client(quotas: Watched, ends: float, log: list[Admission]) -> None:
     while (before := monotonic()) < ends:
         if quotas.try_admit(ADA):
             log.append((before, monotonic()))
@@ -376,8 +392,7 @@ async def _storm_client(quotas: Quotas, ends: float, log: list[Admission]) -> No
         except TooManyRequests:
             await asyncio.sleep(0)
         else:
-            after = monotonic()
-            log.append((max(before, after - HELD_SLACK_S), after))
+            log.append((max(before, quotas.served_at), monotonic()))
 
 
 @contextmanager
@@ -415,9 +430,9 @@ def test_the_measure_itself() -> None:
     assert most_in_a_period(decided[:2], 1.0) == 2
 
 
-@pytest.mark.parametrize(("wait_s", "clients"), [(0.0, 4), (10.0, 4), (1.5, 300)])
+@pytest.mark.parametrize(("wait_s", "clients"), [(0.0, 4), (20.0, 4), (3.0, 300)])
 def test_a_storm_of_four_processes_gets_the_limit_and_never_more(redis_url: str, wait_s: float, clients: int) -> None:
-    limit, periods = Limit(200, 1.0), 3
+    limit, periods = Limit(200, 2.0), 3
     storm = Storm(redis_url, limit, wait_s, clients, periods * limit.period_s + 0.2)
     with processes([storm] * 4) as started:
         for _, pipe in started:
@@ -431,8 +446,8 @@ def test_a_storm_of_four_processes_gets_the_limit_and_never_more(redis_url: str,
 
 def test_leases_of_a_killed_process_come_back(redis_url: str) -> None:
     limit = Limit(200, 1.0)
-    doomed = Storm(redis_url, limit, 10.0, 50, 30.0)
-    other = Storm(redis_url, limit, 10.0, 4, 4.5)
+    doomed = Storm(redis_url, limit, 10.0, 50, 60.0)
+    other = Storm(redis_url, limit, 10.0, 4, 8.0)
     with processes([doomed, doomed, other]) as started:
         began = monotonic()
         for _, pipe in started:
@@ -446,26 +461,27 @@ def test_leases_of_a_killed_process_come_back(redis_url: str) -> None:
     assert most_in_a_period(decided, limit.period_s) <= limit.max
     # A lease ends after a tenth of the period, and what it stood for a period later.
     free_from = killed + 1.2 * limit.period_s
-    within = sum(free_from <= before < free_from + 2 * limit.period_s for before, _ in decided)
+    begins = sorted(before for before, _ in decided if before >= free_from)
+    within = max(sum(begin <= at < begin + 2 * limit.period_s for at in begins) for begin in begins)
     assert within >= 0.99 * 2 * limit.max
 
 
-async def test_what_a_dead_process_used_last_counts_from_then(redis_url: str) -> None:
+async def test_what_a_dead_process_used_last_counts_from_then(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "_lease_s", lambda _: 1.0)  # so long that the machine may be slow
     limit = Limit(40, 2.0)
     async with connect(redis_url) as redis:
         dead = Quotas(redis, {("pull", True): limit}, wait_s=0.0)  # never reports its last lease
         used = await hold_permits(dead)
         await asyncio.sleep(0.1)  # its lease goes on for a little
         decided: list[Admission] = []
-        while dead.try_admit(ADA):
-            decided.append((monotonic(), monotonic()))
+        while (before := monotonic()) and dead.try_admit(ADA):
+            decided.append((before, monotonic()))
     assert decided, "the lease was over already"
-    async with running(redis_url, limit, wait_s=5.0) as quotas:
+    async with running(redis_url, limit, wait_s=PATIENCE_S) as quotas:
         for _ in range(limit.max):
             before = monotonic()
             await quotas.admit(ADA)
-            after = monotonic()
-            decided.append((max(before, after - HELD_SLACK_S / 2), after))
+            decided.append((max(before, quotas.served_at), monotonic()))
     assert used > 0
     assert most_in_a_period(decided, limit.period_s) <= limit.max
 
@@ -495,7 +511,7 @@ async def test_without_redis_leases_serve_first_and_then_requests_go_on_uncounte
             used += 351
             assert events(logs, "no permits can be leased") == 1
             await durable.start()
-            await until(lambda: events(logs, "can be leased again") == 1)
+            await eventually(lambda: events(logs, "can be leased again") == 1)
             # What went on meanwhile counts: far more than the limit did.
             assert await count(quotas, 100) == 0
             assert await places(durable.url) == used
@@ -517,7 +533,7 @@ async def test_without_redis_requests_fail_when_so_configured(durable: DurableRe
                     await quotas.admit(ADA)
             assert events(logs, "no permits can be leased") == 1
             await durable.start()
-            await until(lambda: events(logs, "can be leased again") == 1)
+            await eventually(lambda: events(logs, "can be leased again") == 1)
             assert await admitted(quotas)
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from random import Random
-from time import sleep
+from time import monotonic, sleep
 
 import pytest
 
@@ -14,6 +14,7 @@ from bench.redis_server import RedisServer, redis_that_may_die
 from bench.storm import Outcome, Storm
 from bench.upstream import Upstream
 from bench.windows import Admissions, least_limit, most_up_to, share_admitted
+from tests.patience import PATIENCE_S
 from tests.servers import WaveProxy
 from wave_proxy.image.limit import Limit
 from wave_proxy.state.redis import connect
@@ -21,9 +22,9 @@ from wave_proxy.state.usage import Usage
 
 WORKERS = 4
 CONNECTIONS = 64
-BEFORE_S, AWAY_S = 1.0, 4.0
+BEFORE_S, AWAY_S = 1.0, 6.0
 # Workers look every half a second whether Redis is back, and then report what went on without it.
-SETTLED_S = 2.0
+SETTLED_S = 4.0
 
 Start = Callable[..., WaveProxy]
 
@@ -161,9 +162,8 @@ async def pulls_counted(url: str) -> int:
 
 async def counted_in_the_end(url: str, expected: int) -> int:
     """The pulls in the usage counters when they are the expected ones, or do not become these."""
-    for _ in range(200):
-        if (counted := await pulls_counted(url)) == expected:
-            break
+    deadline = monotonic() + PATIENCE_S
+    while (counted := await pulls_counted(url)) != expected and monotonic() < deadline:
         await asyncio.sleep(0.05)
     return counted
 
