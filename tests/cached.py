@@ -1,8 +1,7 @@
 """For tests of the cache: what one worker has of it, over a data folder and real upstream registries."""
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,13 +116,6 @@ async def read_blob(blob: OpenBlob) -> bytes:
         return os.pread(blob.source.fd, blob.source.size, 0)
     finally:
         blob.source.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Return when that is so, which must be soon."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def files_in(root: Path, *folders: str) -> list[str]:

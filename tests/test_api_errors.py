@@ -22,6 +22,7 @@ from bench.images import image, layer
 from bench.upstream import Faults, Upstream
 from tests.api_server import ApiServer
 from tests.documented import check_framework_error
+from tests.patience import PATIENCE_S
 from tests.servers import free_port, redis_server
 
 LIMIT = 100_000
@@ -94,7 +95,7 @@ def test_a_server_without_builds_says_so(api: ApiServer, attributes: dict[str, A
 
 def test_an_announced_body_over_the_limit_is_refused_unread(api: ApiServer) -> None:
     host, port = api.address.split(":")
-    with create_connection((host, int(port)), timeout=10) as connection:
+    with create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /v1alpha2/container HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n{")
         received = b""
         while chunk := connection.recv(65536):
@@ -105,7 +106,7 @@ def test_an_announced_body_over_the_limit_is_refused_unread(api: ApiServer) -> N
 
 
 def test_a_chunked_body_over_the_limit_is_refused(api: ApiServer) -> None:
-    connection = HTTPConnection(api.address, timeout=10)
+    connection = HTTPConnection(api.address, timeout=PATIENCE_S)
     try:
         connection.request("POST", "/container-token", body=iter([b" " * (LIMIT - 1), b"{}"]), encode_chunked=True)
         answer = connection.getresponse()
@@ -116,7 +117,7 @@ def test_a_chunked_body_over_the_limit_is_refused(api: ApiServer) -> None:
 
 
 def test_a_chunked_body_at_the_limit_is_read(api: ApiServer) -> None:
-    connection = HTTPConnection(api.address, timeout=10)
+    connection = HTTPConnection(api.address, timeout=PATIENCE_S)
     try:
         connection.request("POST", "/container-token", body=iter([b" " * (LIMIT - 2), b"{}"]), encode_chunked=True)
         answer = connection.getresponse()

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from http.client import HTTPMessage
+from itertools import count
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from bench.images import image, layer
 from bench.upstream import Upstream
 from tests.api_server import ApiServer
 from tests.documented import check_answer
+from tests.patience import PATIENCE_S
 from tests.servers import Response, redis_server
 from wave_proxy.image.build import PREFIXES, BuildSpec, Kind
 from wave_proxy.image.scan import Vulnerability
@@ -37,7 +40,6 @@ EXAMPLES = 5
 ADMIN = {"Authorization": f"Basic {b64encode(b'admin:hunter2').decode()}"}
 ACCOUNTS = {"admin": f"sha256:{sha256(b'hunter2').hexdigest()}"}
 IDS = {"build_id": "bd-0123456789abcdef_1", "mirror_id": "mr-0123456789abcdef_1", "scan_id": "sc-0123456789abcdef_1"}
-TIMEOUT_S = 20
 
 load_all_checks()
 CHECKED = CHECKS.get_by_names(
@@ -79,7 +81,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         redis_server(tmp_path_factory.mktemp("redis")) as redis,
         Upstream() as registry,
         Server(redis, registry) as api,
+        pytest.MonkeyPatch.context() as patch,
     ):
+        # How many wrong logins are too many for a minute does not depend on the machine.
+        patch.setattr("wave_proxy.state.attempts.monotonic", partial(next, count(0.0, 0.5)))
         registry.add("library/busybox", image([layer({"a": "b"})]), "latest")
         asyncio.run(_do_jobs(redis))
         token = api.submit(containerImage="busybox")["containerToken"]
@@ -101,7 +106,7 @@ async def _do_jobs(redis_url: str) -> None:
                 "0123456789abcdef", f"a.test/{kind}:1", "FROM a\n", kind=kind, source_image="docker.io/a/b:1"
             )
             await store.submit(spec, admit)
-            claim = await store.claim("test", 5)
+            claim = await store.claim("test", PATIENCE_S)
             assert claim is not None
             assert claim.record.build_id == f"{PREFIXES[kind]}-0123456789abcdef_1"
             await store.append_log(claim, b"one\ntwo\n")
@@ -135,7 +140,7 @@ def _ask(scene: Scene, cases: SearchStrategy[Any], statuses: Counter[int]) -> No
                 case.path_parameters[name] = scene.known[name]
         url = f"http://{scene.api.address}"
         headers = ADMIN if is_admin else None
-        answer = case.call(base_url=url, session=scene.session, headers=headers, timeout=TIMEOUT_S)
+        answer = case.call(base_url=url, session=scene.session, headers=headers, timeout=PATIENCE_S)
         statuses[answer.status_code] += 1
         assert answer.status_code != 500, answer.text
         checked = CHECKED if answer.content else CHECKED[:1]  # some statuses come without their document

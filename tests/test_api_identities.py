@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import time
+from time import sleep, time
 from typing import Any
 
 import pytest
@@ -131,7 +131,7 @@ def test_a_token_of_ours_that_is_not_valid(ask: Ask, redis: str, path: str, plac
 
 def ended(redis_url: str, state: str) -> str:
     """An access token that has ended."""
-    token = issue(redis_url, "eve@example.org", expires=time() + 0.05 if state == "expired" else 0.0)
+    token = issue(redis_url, "eve@example.org", expires=time() + 0.5 if state == "expired" else 0.0)
 
     async def revoke() -> None:
         redis = connect(redis_url)
@@ -142,9 +142,7 @@ def ended(redis_url: str, state: str) -> str:
     if state == "revoked":
         asyncio.run(revoke())
     else:
-        end = time() + 0.06
-        while time() < end:
-            pass
+        sleep(0.51)
     return token
 
 

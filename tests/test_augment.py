@@ -11,7 +11,8 @@ import pytest
 
 from bench.images import Image, blob, descriptor, digest_of, image, index, layer
 from bench.upstream import Upstream
-from tests.cached import files_in, until
+from tests.cached import files_in
+from tests.patience import eventually
 from tests.pulling import error_of, inline, port
 from tests.servers import redis_server
 from wave_proxy.image.oci import DOCKER_INDEX, DOCKER_LAYER, DOCKER_MANIFEST, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
@@ -333,7 +334,7 @@ async def test_damaged_config_in_the_store_is_fetched_again(upstream: Start, tmp
     config = tool().blobs[0]
     async with port(tmp_path, redis_url, server) as place:
         await place.get(f"/v2/{server.address}/{REPOSITORY}/blobs/{config.digest}")
-        await until(lambda: place.worker.blobs.path(config.digest).exists() and files_in(tmp_path, "spool") == [])
+        await eventually(lambda: place.worker.blobs.path(config.digest).exists() and files_in(tmp_path, "spool") == [])
         place.worker.blobs.put(config.digest, b"{}")
         prefix = await place.submit(f"{server.address}/{REPOSITORY}:1.0", CHANGES)
         answers = [await place.get(f"/v2/{prefix}/{REPOSITORY}/manifests/1.0") for _ in range(2)]

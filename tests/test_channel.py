@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.patience import PATIENCE_S, patience
 from tests.redis_faults import durable_redis
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.image.platform import PlatformCall, PlatformReply
@@ -22,7 +23,7 @@ CALL = PlatformCall("GET", f"{ENDPOINT}/user-info", "Bearer t", headers={"Accept
 async def channel(url: str, **arguments: Any) -> AsyncIterator[Channel]:
     """One process's part."""
     redis = connect(url)
-    one = Channel(redis, **arguments)
+    one = Channel(redis, **{"call_s": PATIENCE_S, **arguments})
     task = asyncio.create_task(one.run())
     try:
         yield one
@@ -88,7 +89,7 @@ async def test_two_hundred_calls_at_once_each_get_their_own_reply(redis_url: str
 
 
 async def test_without_a_session_a_call_fails_at_once(redis_url: str) -> None:
-    async with asyncio.timeout(3), channel(redis_url) as here, channel(redis_url) as there:
+    async with patience(), channel(redis_url, call_s=3600.0) as here, channel(redis_url) as there:
         with pytest.raises(NoSession):
             await here.call(ENDPOINT, CALL)
         async with session(there, Far("x")):
@@ -98,7 +99,7 @@ async def test_without_a_session_a_call_fails_at_once(redis_url: str) -> None:
 
 
 async def test_a_session_that_does_not_answer_costs_the_caller_his_time_and_nobody_elses(redis_url: str) -> None:
-    async with channel(redis_url, call_s=0.3) as here, channel(redis_url) as there:
+    async with channel(redis_url, call_s=1.5) as here, channel(redis_url) as there:
         far = Far("x")
         async with session(there, far):
             far.silent = True
@@ -110,7 +111,7 @@ async def test_a_session_that_does_not_answer_costs_the_caller_his_time_and_nobo
 
 
 async def test_odd_replies_are_dropped(redis_url: str) -> None:
-    async with channel(redis_url, call_s=0.5) as here:
+    async with channel(redis_url) as here:
         far = Far("x")
         async with session(here, far):
             for reply in ({}, {"msgId": "none", "status": 200}, {"msgId": 3}):
@@ -121,7 +122,7 @@ async def test_odd_replies_are_dropped(redis_url: str) -> None:
 async def test_calls_go_on_when_redis_comes_back() -> None:
     async with (
         durable_redis() as server,
-        channel(server.url) as here,
+        channel(server.url, call_s=2.0) as here,
         channel(server.url) as there,
         session(there, Far("x")),
     ):
@@ -130,7 +131,7 @@ async def test_calls_go_on_when_redis_comes_back() -> None:
         with pytest.raises(StateUnavailable):
             await here.call(ENDPOINT, CALL)
         await server.start()
-        async with asyncio.timeout(20):
+        async with patience():
             while True:
                 with suppress(StateUnavailable, NoSession, TimeoutError):
                     assert (await here.call(ENDPOINT, CALL)).status == 200

@@ -11,7 +11,8 @@ import pytest
 
 from bench.images import blob, random_blob
 from bench.upstream import Faults, Upstream
-from tests.cached import REPOSITORY, files_in, open_files, read_along, until, worker
+from tests.cached import REPOSITORY, files_in, open_files, read_along, worker
+from tests.patience import eventually
 from wave_proxy.cache.blobs import BlobStore
 from wave_proxy.cache.evict import Evictor
 from wave_proxy.cache.manifests import ManifestStore, StoredManifest
@@ -132,7 +133,7 @@ async def test_nudge_starts_it(tmp_path: Path) -> None:
     evictor = Evictor(tmp_path, 10 * SIZE)
     running = asyncio.create_task(evictor.run())
     evictor.nudge()
-    await until(lambda: len(kept(store)) < 10)
+    await eventually(lambda: len(kept(store)) < 10)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 
@@ -146,8 +147,8 @@ async def test_fills_keep_the_cap_and_their_readers(upstream: Callable[..., Upst
         first = await one.join(server, BLOBS[0].digest).open()
         for item in BLOBS[1:]:
             assert await one.fetch(server, item.digest) == item.content
-            await until(lambda digest=item.digest: not one.is_filling(digest))  # type: ignore[misc]
-        await until(lambda: len(kept(one.blobs)) <= 5)
+            await eventually(lambda digest=item.digest: not one.is_filling(digest))  # type: ignore[misc]
+        await eventually(lambda: len(kept(one.blobs)) <= 5)
         assert 0 in kept(one.blobs)
         assert await read_along(first) == BLOBS[0].content
         one.evictor.evict(5 * SIZE)

@@ -20,9 +20,9 @@ from tests.cached import (
     read_along,
     read_blob,
     read_into,
-    until,
     worker,
 )
+from tests.patience import eventually, patience
 from wave_proxy.cache import lead as lead_module
 from wave_proxy.cache.fill import Fill
 from wave_proxy.cache.lead import FillStats
@@ -84,12 +84,12 @@ def assert_nothing_stays(root: Path) -> None:
 
 async def ended(*workers: Worker, digest: str = BLOB.digest) -> None:
     """Return when none of the workers fills that blob any more."""
-    await until(lambda: not any(who.is_filling(digest) for who in workers))
+    await eventually(lambda: not any(who.is_filling(digest) for who in workers))
 
 
 async def has_begun(fill: Fill) -> None:
     """Return when a part of the blob can be read; upstream is to stall in its middle."""
-    await until(lambda: fill.readable() > 0)
+    await eventually(lambda: fill.readable() > 0)
 
 
 async def fetch_along(server: Upstream, one: Worker, two: Worker) -> list[bytes]:
@@ -238,10 +238,10 @@ async def test_breaks_without_progress_end_it(upstream: Start, tmp_path: Path) -
 async def test_an_upstream_that_trickles_is_given_up(
     upstream: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, is_enough: bool
 ) -> None:
-    monkeypatch.setattr(lead_module, "_LEAST_IN_S", 0.1)
+    monkeypatch.setattr(lead_module, "_LEAST_IN_S", 1.0)
     monkeypatch.setattr(lead_module, "_LEAST_BYTES", 1000)
     content = blob(random_blob(60_000, seed=12))
-    server = upstream(faults=Faults(chunk_bytes=piece, delay_s=0.02))
+    server = upstream(faults=Faults(chunk_bytes=piece, delay_s=0.2))
     server.add_blob(REPOSITORY, content)
     async with worker(tmp_path, server) as one:
         if is_enough:
@@ -321,7 +321,7 @@ async def test_size_that_a_manifest_promised_is_kept(upstream: Start, tmp_path: 
 @pytest.mark.parametrize("stall_at", [600_000, -1], ids=["in the body", "before the head"])
 async def test_stalled_upstream(upstream: Start, tmp_path: Path, stall_at: int) -> None:
     server = serving(upstream, stall_at=stall_at)
-    async with worker(tmp_path, server, idle_timeout_s=0.1, response_timeout_s=0.1) as one:
+    async with worker(tmp_path, server, idle_timeout_s=1.0, response_timeout_s=1.0) as one:
         if stall_at == -1:
             with pytest.raises(UpstreamTimeout):
                 await one.fetch(server, BLOB.digest)
@@ -561,7 +561,7 @@ async def test_failed_fetch_is_not_kept_waiting_by_a_slow_client(upstream: Start
         slow = await fill.open()
         await ended(one)
         server.faults.truncate_at = None
-        async with asyncio.timeout(5):
+        async with patience():
             assert await two.fetch(server, BLOB.digest) == BLOB.content
             assert await one.fetch(server, BLOB.digest) == BLOB.content
         with pytest.raises(UpstreamUnavailable):
@@ -676,7 +676,7 @@ async def test_other_processes_pass_a_full_disk_by_too(upstream: Start, small_di
             asyncio.create_task(who.repositories.open_content(ORIGIN, LARGE.digest, who.opener(server, LARGE.digest)))
             for who in (one, two)
         ]
-        await until(lambda: one.is_filling(LARGE.digest) and two.is_filling(LARGE.digest))
+        await eventually(lambda: one.is_filling(LARGE.digest) and two.is_filling(LARGE.digest))
         await asyncio.sleep(0.02)  # the second now follows the first
         server.faults.stall_at = None
         server.faults.release.set()

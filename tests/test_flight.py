@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.cached import until
+from tests.patience import eventually
 from wave_proxy.cache.flight import Flights
 from wave_proxy.errors import ManifestUnknown
 
@@ -34,7 +34,7 @@ async def test_callers_share_a_call() -> None:
     flights, call = Flights[str, int](), Call()
     callers = [asyncio.create_task(flights.run("a", call)) for _ in range(100)]
     other = asyncio.create_task(flights.run("b", call))
-    await until(lambda: call.runs == 2)
+    await eventually(lambda: call.runs == 2)
     call.go_on.set()
     assert {await caller for caller in callers} == {await other} == {2}
     assert await flights.run("a", call) == 3
@@ -43,7 +43,7 @@ async def test_callers_share_a_call() -> None:
 async def test_callers_may_be_cancelled_the_first_one_too() -> None:
     flights, call = Flights[str, int](), Call()
     first, second, third = [asyncio.create_task(flights.run("a", call)) for _ in range(3)]
-    await until(lambda: call.runs == 1)
+    await eventually(lambda: call.runs == 1)
     first.cancel()
     third.cancel()
     await asyncio.gather(first, third, return_exceptions=True)
@@ -55,7 +55,7 @@ async def test_callers_may_be_cancelled_the_first_one_too() -> None:
 async def test_call_outlives_all_its_callers() -> None:
     flights, call = Flights[str, int](), Call()
     caller = asyncio.create_task(flights.run("a", call))
-    await until(lambda: call.runs == 1)
+    await eventually(lambda: call.runs == 1)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
     late = asyncio.create_task(flights.run("a", call))
@@ -68,7 +68,7 @@ async def test_error_goes_to_those_who_wait_and_no_further() -> None:
     flights, call = Flights[str, int](), Call()
     call.error = ManifestUnknown("not there")
     callers = [asyncio.create_task(flights.run("a", call)) for _ in range(3)]
-    await until(lambda: call.runs == 1)
+    await eventually(lambda: call.runs == 1)
     call.go_on.set()
     ends = await asyncio.gather(*callers, return_exceptions=True)
     assert ends == [call.error] * 3
@@ -82,18 +82,18 @@ async def test_error_that_nobody_waits_for_is_no_complaint() -> None:
     flights, call = Flights[str, int](), Call()
     call.error = ManifestUnknown("not there")
     caller = asyncio.create_task(flights.run("a", call))
-    await until(lambda: call.runs == 1)
+    await eventually(lambda: call.runs == 1)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
     call.go_on.set()
-    await until(lambda: len(asyncio.all_tasks()) == 1)
+    await eventually(lambda: len(asyncio.all_tasks()) == 1)
     assert complaints == []
 
 
 async def test_close_ends_calls() -> None:
     flights, call = Flights[str, int](), Call()
     caller = asyncio.create_task(flights.run("a", call))
-    await until(lambda: call.runs == 1)
+    await eventually(lambda: call.runs == 1)
     await flights.close()
     assert call.cancelled
     with pytest.raises(asyncio.CancelledError):

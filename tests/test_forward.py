@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import eventually, patience
 from tests.test_http import Answer, Place, read_answer, serving
 from wave_proxy.errors import UpstreamUnavailable
 from wave_proxy.serve.absence import Absence
@@ -74,7 +75,7 @@ async def follow(place: Place) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 async def test_each_piece_is_there_before_the_next_is_sent_however_long_that_takes(tmp_path: Path) -> None:
-    async with asyncio.timeout(10), forwarding(tmp_path) as (place, api):
+    async with patience(), forwarding(tmp_path) as (place, api):
         reader, writer = await follow(place)
         _, sender = await api.streams.get()
         for number in range(3):
@@ -88,7 +89,7 @@ async def test_each_piece_is_there_before_the_next_is_sent_however_long_that_tak
 
 
 async def test_many_who_follow_keep_nobody_from_a_short_answer(tmp_path: Path) -> None:
-    async with asyncio.timeout(30), forwarding(tmp_path) as (place, api):
+    async with patience(), forwarding(tmp_path) as (place, api):
         followers = [await follow(place) for _ in range(400)]
         reader, writer = await place.connect()
         writer.write(b"GET /short HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -102,7 +103,7 @@ async def test_many_who_follow_keep_nobody_from_a_short_answer(tmp_path: Path) -
 
 
 async def test_the_api_hears_that_the_client_is_gone(tmp_path: Path) -> None:
-    async with asyncio.timeout(10), forwarding(tmp_path) as (place, api):
+    async with patience(), forwarding(tmp_path) as (place, api):
         _, writer = await follow(place)
         api_reader, sender = await api.streams.get()
         writer.close()
@@ -113,7 +114,7 @@ async def test_the_api_hears_that_the_client_is_gone(tmp_path: Path) -> None:
 async def test_an_answer_that_the_api_does_not_end_is_not_ended_for_the_client(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with asyncio.timeout(10), forwarding(tmp_path) as (place, api):
+    async with patience(), forwarding(tmp_path) as (place, api):
         reader, writer = await follow(place)
         _, sender = await api.streams.get()
         sender.write(chunk(b"line 1\n"))
@@ -254,7 +255,7 @@ async def test_nothing_is_repeated_of_a_token_that_has_ended(tmp_path: Path, red
         port.api.open.clear()
         port.ready.forget(TOKEN)
         asking = asyncio.create_task(port.ask())
-        await until(lambda: len(port.api.asked) == 3)
+        await eventually(lambda: len(port.api.asked) == 3)
         port.ready.forget(TOKEN)  # while the api answers
         port.api.open.set()
         await asking
@@ -266,7 +267,7 @@ async def test_those_who_ask_at_the_same_time_are_one_question(tmp_path: Path, r
     async with repeating(tmp_path, redis_url) as port:
         port.api.open.clear()
         asking = [asyncio.create_task(port.ask()) for _ in range(50)]
-        await until(lambda: port.api.asked and len(port.place.server.connections) == 50)
+        await eventually(lambda: port.api.asked and len(port.place.server.connections) == 50)
         port.api.open.set()
         answers = await asyncio.gather(*asking)
     assert {answer.body for answer in answers} == {BODY}
@@ -278,22 +279,16 @@ async def test_who_leaves_does_not_take_the_answer_along(tmp_path: Path, redis_u
         port.api.open.clear()
         _, writer = await port.place.connect()
         writer.write(f"GET {STATUS} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
-        await until(lambda: len(port.api.asked) == 1)
+        await eventually(lambda: len(port.api.asked) == 1)
         other = asyncio.create_task(port.ask())
-        await until(lambda: len(port.place.server.connections) == 2)
+        await eventually(lambda: len(port.place.server.connections) == 2)
         peer = writer.get_extra_info("socket")
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()  # with a reset
-        await until(lambda: len(port.place.server.connections) == 1)
+        await eventually(lambda: len(port.place.server.connections) == 1)
         port.api.open.set()
         assert (await other).body == BODY
     assert len(port.api.asked) == 1
-
-
-async def until(holds: Any) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
 
 
 async def test_who_asks_an_api_that_is_not_there_is_told_what_to_start(tmp_path: Path) -> None:
@@ -322,7 +317,7 @@ async def test_who_asks_an_api_that_is_not_there_is_told_what_to_start(tmp_path:
         while words not in await said(place):
             await asyncio.sleep(0.02)
 
-    async with asyncio.timeout(10), serving(answer) as place:
+    async with patience(), serving(answer) as place:
         assert b"the API is restarting; try again in a moment" in await said(place)
         await until_said(place, b"`wave-proxy api`")
         async with await asyncio.start_unix_server(converse, path):

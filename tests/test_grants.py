@@ -8,7 +8,8 @@ import pytest
 
 from bench.images import Blob, blob, image, index, layer, random_blob
 from bench.upstream import Faults, Upstream
-from tests.cached import read_blob, until, worker
+from tests.cached import read_blob, worker
+from tests.patience import eventually
 from wave_proxy.cache import grants as grants_module
 from wave_proxy.cache.grants import Grants
 from wave_proxy.cache.repositories import MAX_CONFIG_BYTES
@@ -72,7 +73,7 @@ async def test_cached_blob_is_not_read_through_another_repository(server: Upstre
     async with worker(tmp_path, server) as one:
         repositories = one.repositories
         await read_blob(await repositories.open_blob(server.address, "private/app", SECRET.digest))
-        await until(lambda: not one.is_filling(SECRET.digest))
+        await eventually(lambda: not one.is_filling(SECRET.digest))
         for repository in ("public/app", "private/ap", "private/app/x", "nowhere"):
             with pytest.raises(BlobUnknown):
                 await repositories.open_blob(server.address, repository, SECRET.digest)
@@ -115,7 +116,7 @@ async def test_other_registries_are_asked_themselves(upstream: Start, tmp_path: 
     async with worker(tmp_path, one_registry, other_registry) as one:
         await one.repositories.fetch_manifest(one_registry.address, "private/app", PRIVATE.digest)
         await read_blob(await one.repositories.open_blob(one_registry.address, "private/app", SECRET.digest))
-        await until(lambda: not one.is_filling(SECRET.digest))
+        await eventually(lambda: not one.is_filling(SECRET.digest))
         with pytest.raises(Denied):
             await one.repositories.fetch_manifest(other_registry.address, "private/app", PRIVATE.digest)
         with pytest.raises(Denied):
@@ -128,7 +129,7 @@ async def test_shared_content_is_fetched_once(server: Upstream, tmp_path: Path) 
         for repository in ("private/app", "public/app"):
             opened = await one.repositories.open_blob(server.address, repository, SECRET.digest)
             assert await read_blob(opened) == SECRET.content
-            await until(lambda: not one.is_filling(SECRET.digest))
+            await eventually(lambda: not one.is_filling(SECRET.digest))
     assert server.fetches(SECRET.digest) == 1
 
 
@@ -137,7 +138,7 @@ async def test_grants_outlive_the_worker_and_upstream(server: Upstream, tmp_path
         one, other = [await stack.enter_async_context(worker(tmp_path, server)) for _ in range(2)]
         await one.repositories.fetch_manifest(server.address, "private/app", PRIVATE.digest)
         await read_blob(await one.repositories.open_blob(server.address, "private/app", SECRET.digest))
-        await until(lambda: not one.is_filling(SECRET.digest))
+        await eventually(lambda: not one.is_filling(SECRET.digest))
         server.stop()
         manifest = await other.repositories.fetch_manifest(server.address, "private/app", PRIVATE.digest)
         assert manifest.content == PRIVATE.manifest
@@ -163,7 +164,7 @@ async def test_naming_a_digest_is_not_having_it(upstream: Start, tmp_path: Path,
         if cached:
             await one.repositories.fetch_manifest(honest.address, "private/app", PRIVATE.digest)
             await read_blob(await one.repositories.open_blob(honest.address, "private/app", SECRET.digest))
-            await until(lambda: not one.is_filling(SECRET.digest))
+            await eventually(lambda: not one.is_filling(SECRET.digest))
         await one.repositories.fetch_manifest(liar.address, "evil/app", forged.digest)
         await one.repositories.fetch_manifest(liar.address, "evil/app", pointing.digest)
         with pytest.raises(BlobUnknown):
@@ -190,4 +191,4 @@ async def test_a_config_that_is_larger_than_its_manifest_says(server: Upstream, 
         for _ in ("cold", "warm"):
             with pytest.raises(UpstreamError):
                 await one.repositories.read_config(server.address, "public/app", huge.digest, 10)
-            await until(lambda: not one.is_filling(huge.digest))
+            await eventually(lambda: not one.is_filling(huge.digest))

@@ -16,6 +16,7 @@ import uvloop
 
 from bench.images import random_blob
 from tests.growing import Growing, open_files
+from tests.patience import eventually, patience
 from wave_proxy.errors import UpstreamUnavailable, WaveError
 from wave_proxy.serve import http
 from wave_proxy.serve.http import Handler, Limits, Server
@@ -62,22 +63,20 @@ class Place:
         return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.trust, limit=limit)
 
     async def exchange(self, *parts: bytes) -> bytes:
-        """All that comes back for these bytes until the server closes, which it must do in a few seconds."""
+        """All that comes back for these bytes until the server closes."""
         reader, writer = await self.connect()
         try:
             for part in parts:
                 writer.write(part)
                 await writer.drain()
-            async with asyncio.timeout(10):
+            async with patience():
                 return await reader.read()
         finally:
             writer.close()
 
     async def is_empty(self) -> None:
-        """Return when the server has no connection any more, which must be soon."""
-        async with asyncio.timeout(10):
-            while self.server.connections:
-                await asyncio.sleep(0.002)
+        """Return when the server has no connection any more."""
+        await eventually(lambda: not self.server.connections)
 
 
 @asynccontextmanager
@@ -104,9 +103,7 @@ async def serving(
         await server.shut_down(grace_s=0)
         await listener.wait_closed()
     await place.is_empty()
-    async with asyncio.timeout(10):
-        while asyncio.all_tasks() != {asyncio.current_task()} or open_files() > files:
-            await asyncio.sleep(0.002)
+    await eventually(lambda: asyncio.all_tasks() == {asyncio.current_task()} and open_files() <= files)
 
 
 @dataclass
@@ -120,7 +117,7 @@ class Answer:
 
 async def read_answer(reader: asyncio.StreamReader, *, head_only: bool = False) -> Answer:
     """The next answer on a connection. Raises IncompleteReadError when it ends early."""
-    async with asyncio.timeout(10):
+    async with patience():
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
         body = b""
@@ -257,9 +254,7 @@ async def test_requests_that_came_at_once_do_not_all_wait_parsed(extra: str) -> 
     async with serving(held) as place:
         reader, writer = await place.connect()
         writer.write(b"".join(f"GET /{number} HTTP/1.1\r\n{extra}\r\n".encode() for number in range(count)))
-        async with asyncio.timeout(10):
-            while not place.server.connections or not next(iter(place.server.connections))._unparsed:
-                await asyncio.sleep(0.002)
+        await eventually(lambda: place.server.connections and next(iter(place.server.connections))._unparsed)
         assert len(next(iter(place.server.connections))._waiting) < 1000
         go_on.set()
         answers = [(await read_answer(reader)).headers["x-target"] for _ in range(count)]
@@ -427,7 +422,7 @@ async def read_to_end(reader: asyncio.StreamReader) -> bytes:
     """What still comes, however the connection ends."""
     content = b""
     try:
-        async with asyncio.timeout(10):
+        async with patience():
             while piece := await reader.read(MIB):
                 content += piece
     except ConnectionError:
@@ -670,11 +665,11 @@ async def test_malformed_chunk_wakes_the_handler_that_reads() -> None:
 async def test_garbage_behind_a_request_does_not_harm_its_answer(tmp_path: Path) -> None:
     source = Growing(tmp_path / "growing")
     async with serving(
-        replying(lambda: Reply(200, [], FileBody(source, 0, 10))), header_timeout_s=0.02, idle_timeout_s=0.02
+        replying(lambda: Reply(200, [], FileBody(source, 0, 10))), header_timeout_s=0.5, idle_timeout_s=0.5
     ) as place:
         reader, writer = await place.connect()
         writer.write(GET + b"\x00garbage")
-        await asyncio.sleep(0.1)  # longer than every limit
+        await asyncio.sleep(1.2)  # longer than every limit
         source.grow(b"0123456789")
         assert (await read_answer(reader)).body == b"0123456789"
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
@@ -718,7 +713,7 @@ async def drip(writer: asyncio.StreamWriter, content: bytes) -> None:
 
 @under_uvloop
 async def test_silent_connections_are_closed() -> None:
-    async with serving(hello, header_timeout_s=0.05, idle_timeout_s=0.1) as place:
+    async with serving(hello, header_timeout_s=0.5, idle_timeout_s=0.1) as place:
         reader, writer = await place.connect()
         assert await reader.read() == b""
         writer.close()
@@ -732,10 +727,10 @@ async def test_silent_connections_are_closed() -> None:
 @under_uvloop
 async def test_slow_handler_is_not_an_idle_connection() -> None:
     async def slow(request: Request) -> Reply:
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.8)
         return await hello(request)
 
-    async with serving(slow, header_timeout_s=0.03, idle_timeout_s=0.05) as place:
+    async with serving(slow, header_timeout_s=0.3, idle_timeout_s=0.3) as place:
         reader, writer = await place.connect()
         writer.write(GET)
         assert (await read_answer(reader)).status == 200
@@ -795,7 +790,7 @@ async def test_client_that_takes_nothing_is_cut_off(tmp_path: Path, kind: str) -
         "file": lambda: Reply(200, [], FileBody(source, 0, len(large))),
     }
     async with serving(
-        replying(replies[kind]), send_buffer=4096, write_timeout_s=0.05, idle_timeout_s=0.05, header_timeout_s=0.1
+        replying(replies[kind]), send_buffer=4096, write_timeout_s=0.05, idle_timeout_s=0.05, header_timeout_s=0.5
     ) as place:
         sock, ask = reluctant()
         with sock:
@@ -868,7 +863,7 @@ async def test_shutdown_lets_answers_end() -> None:
         assert await idle.read() == b""
         go_on.set()
         assert await busy.read() == b"3\r\ntwo\r\n0\r\n\r\n"
-        async with asyncio.timeout(10):
+        async with patience():
             await ending
         idle_writer.close()
         busy_writer.close()
@@ -888,9 +883,7 @@ async def test_shutdown_cuts_what_outlasts_the_grace() -> None:
     async with serving(handle) as place:
         reader, writer = await place.connect()
         writer.write(GET)
-        while not next(iter(place.server.connections), None):
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.02)
+        await eventually(lambda: any(connection.task for connection in place.server.connections))
         await place.server.shut_down(grace_s=0.01)
         assert cancelled.is_set()
         assert await read_to_end(reader) == b""

@@ -7,6 +7,7 @@ import pytest
 
 from api.jobs.statuses import REPEATED_S
 from tests.builds_state import ONE_SLOT, admit, claimed, spec, store, submitted
+from tests.patience import PATIENCE_S, eventually
 from tests.redis_faults import durable_redis
 from tests.servers import Response, WaveProxy
 from tests.test_ready import asked, replies
@@ -14,7 +15,7 @@ from wave_proxy.serve import jobs
 from wave_proxy.serve.jobs import follow_jobs
 from wave_proxy.serve.messages import Reply, Request, Terms
 from wave_proxy.serve.ready import ReadyReplies
-from wave_proxy.state.builds import BuildLimits, BuildStore
+from wave_proxy.state.builds import BuildLimits, BuildStore, Claim
 from wave_proxy.state.redis import cancel, connect
 
 
@@ -46,11 +47,11 @@ def keep(kept: ReadyReplies, number: int, *names: str) -> Request:
 async def test_a_change_ends_replies_about_the_job(redis_url: str) -> None:
     async with replies(redis_url) as kept, store(redis_url) as builds:
         following = asyncio.create_task(follow_jobs(builds, kept))
-        await until(lambda: kept.endings == 1)
+        await eventually(lambda: kept.endings == 1)
         build_id = await submitted(builds)
         mine, others = keep(kept, 1, "a" * 32, build_id), keep(kept, 2, "bd-other")
         await claimed(builds)
-        await until(lambda: kept.answer(mine) is None)
+        await eventually(lambda: kept.answer(mine) is None)
         assert kept.answer(others) is not None
         assert set(kept._by_name) == {"bd-other"}
         await cancel(following)
@@ -72,11 +73,11 @@ async def test_after_a_break_nothing_is_taken_for_known(monkeypatch: pytest.Monk
     monkeypatch.setattr(jobs, "_RECONNECT_S", 0.05)
     async with durable_redis() as server, replies(server.url) as kept, connect(server.url) as redis:
         following = asyncio.create_task(follow_jobs(BuildStore(redis, BuildLimits(1)), kept))
-        await until(lambda: kept.endings == 1)
+        await eventually(lambda: kept.endings == 1)
         request = keep(kept, 1, "bd-1")
         server.stop()
         await server.start()
-        await until(lambda: kept.answer(request) is None)
+        await eventually(lambda: kept.answer(request) is None)
         await cancel(following)
 
 
@@ -85,6 +86,7 @@ async def test_whoever_waits_hears_of_the_end_at_once(wave: Callable[..., WavePr
     async with store(redis_url, ONE_SLOT) as builds:
         await submitted(builds)
         running = await claimed(builds)  # so that nothing else runs
+        renewing = asyncio.create_task(renew(builds, running))
         port = await asyncio.to_thread(wave, workers=2, redis=redis_url, config=config)
 
         async def ask() -> Response:
@@ -96,13 +98,21 @@ async def test_whoever_waits_hears_of_the_end_at_once(wave: Callable[..., WavePr
         assert {found.json()["status"] for found in answers} == {"PENDING"}
         assert "HIT" in [found.headers["X-Cache"] for found in answers]
         assert {found.headers["X-Frame-Options"] for found in answers} == {"DENY"}
+        await cancel(renewing)
         await builds.finish(running, exit_status=0)
+        ended = asyncio.create_task(builds.wait_done(answer["buildId"], PATIENCE_S))  # as the builder can't run it
+        while not ended.done():
+            await ask()
+        record = await ended
+        assert record is not None
+        assert record.phase == "done"
         async with asyncio.timeout(REPEATED_S / 2):
-            while (await ask()).json()["status"] != "DONE":  # as the builder can't run it
+            while (await ask()).json()["status"] != "DONE":
                 await asyncio.sleep(0.02)
 
 
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not holds():
-            await asyncio.sleep(0.005)
+async def renew(builds: BuildStore, claim: Claim) -> None:
+    """Hold a claim until cancelled."""
+    while True:
+        await builds.renew(claim)
+        await asyncio.sleep(1)

@@ -3,13 +3,13 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import pytest
 
 from bench.upstream import Faults, Upstream
 from tests.outgoing import LOGIN, answer, egress_to, opened, scripted
+from tests.patience import PATIENCE_S, patience
 from tests.servers import distribution, has_distribution
 from tests.test_aws import REGISTRY, amazon
 from wave_proxy.errors import Offline, RequestInvalid
@@ -26,7 +26,7 @@ Start = Callable[..., Upstream]
 
 
 @asynccontextmanager
-async def checks_at(*addresses: str, limit_s: float = 20.0, **options: Any) -> AsyncIterator[LoginChecks]:
+async def checks_at(*addresses: str, limit_s: float = PATIENCE_S, **options: Any) -> AsyncIterator[LoginChecks]:
     """What asks these registries, which an operator has opened."""
     async with egress_to(*addresses, **options) as egress:
         yield LoginChecks(egress, opened(*addresses), Ecr(egress), limit_s=limit_s)
@@ -92,10 +92,8 @@ async def test_one_that_is_not_there_takes_none(upstream: Start) -> None:
 
 async def test_a_registry_that_never_answers_is_given_up(upstream: Start) -> None:
     server = upstream(faults=Faults(only="/v2/", stall_at=-1))
-    async with checks_at(server.address, limit_s=0.2) as checks:
-        began = monotonic()
+    async with patience(), checks_at(server.address, limit_s=0.2, response_timeout_s=3600.0) as checks:
         assert not await checks.check(server.address, LOGIN)
-        assert monotonic() - began < 5
     server.faults.release.set()
 
 

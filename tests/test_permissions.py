@@ -8,6 +8,7 @@ from time import time
 import pytest
 
 from tests.cached import files_in
+from tests.patience import eventually
 from wave_proxy.cache import permissions
 from wave_proxy.cache.permissions import Permissions
 from wave_proxy.errors import Denied, HostUnknown, ManifestUnknown, TooManyRequests, UpstreamUnavailable, WaveError
@@ -98,9 +99,7 @@ async def test_a_slow_answer_is_not_waited_for_but_counts(
     upstream.held, upstream.error = asyncio.Event(), Denied("no")
     await known.ensure(NAME, "x", upstream)
     upstream.held.set()
-    async with asyncio.timeout(5):
-        while files_in(tmp_path, "permissions"):
-            await asyncio.sleep(0.002)
+    await eventually(lambda: not files_in(tmp_path, "permissions"))
     with pytest.raises(Denied):
         await known.ensure(NAME, "x", upstream)
     await known.close()

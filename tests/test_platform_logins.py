@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.outgoing import answer, scripted
+from tests.patience import PATIENCE_S
 from wave_proxy.errors import Denied, UpstreamUnavailable
 from wave_proxy.image.request import Identity
 from wave_proxy.serve import platform_logins
@@ -65,6 +66,7 @@ async def find(found: PlatformLogins, identity: Identity = CARL, repository: str
 def forget_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform_logins, "_REMEMBERED_S", 0.0)
     monkeypatch.setattr(platform_logins, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(platform_logins, "_PATIENCE_S", PATIENCE_S)
 
 
 async def test_it_is_asked_once_and_remembered(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from bench.images import Blob, blob, image, index, layer, random_blob
 from bench.upstream import Faults, Upstream
-from tests.cached import files_in, until
+from tests.cached import files_in
 from tests.outgoing import answer as http_answer
 from tests.outgoing import scripted
+from tests.patience import PATIENCE_S, eventually
 from tests.pulling import Port, at, error_of, inline, port
 from tests.servers import Response, WaveProxy
 from wave_proxy.image.oci import OCI_INDEX, OCI_MANIFEST
@@ -114,7 +115,7 @@ async def test_known_tag_is_served_while_upstream_fails(
     upstream: Start, tmp_path: Path, redis_url: str, fault: str
 ) -> None:
     server = serving(upstream)
-    async with port(tmp_path, redis_url, server, ttl_s=1e-6, response_timeout_s=0.1) as place:
+    async with port(tmp_path, redis_url, server, ttl_s=1e-6, response_timeout_s=1.0) as place:
         fresh = await place.get(manifest_path(server))
         if fault == "down":
             server.stop()
@@ -128,7 +129,8 @@ async def test_known_tag_is_served_while_upstream_fails(
     assert stale.headers["X-Cache"] == "STALE"
 
 
-async def test_tag_that_moved(upstream: Start, tmp_path: Path, redis_url: str) -> None:
+async def test_tag_that_moved(upstream: Start, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wave_proxy.cache.tags._PATIENCE_S", PATIENCE_S)
     server = serving(upstream)
     moved = image([layer({"bin/tool": "new"})])
     async with port(tmp_path, redis_url, server, ttl_s=1e-6) as place:
@@ -168,7 +170,8 @@ async def test_upstreams_answers_are_told(
     upstream: Start, tmp_path: Path, redis_url: str, kind: str, faults: dict[str, Any], expected: tuple[int, str]
 ) -> None:
     server = serving(upstream, auth="bearer", username="", faults=Faults(**faults))
-    async with port(tmp_path, redis_url, server, response_timeout_s=0.1) as place:
+    timeout_s = 0.1 if "stall_at" in faults else PATIENCE_S
+    async with port(tmp_path, redis_url, server, response_timeout_s=timeout_s) as place:
         answer = await place.get(f"/v2/{server.address}/{REPOSITORY}/{kind}")
         head = await place.request("HEAD", f"/v2/{server.address}/{REPOSITORY}/{kind}")
     status, code, message = error_of(answer)
@@ -258,7 +261,7 @@ async def test_blob(upstream: Start, tmp_path: Path, redis_url: str) -> None:
         head = await place.request("HEAD", blob_path(server))
         assert server.fetches(BIG.digest) == 0
         answers = [await place.get(blob_path(server))]
-        await until(lambda: not place.worker.is_filling(BIG.digest))
+        await eventually(lambda: not place.worker.is_filling(BIG.digest))
         answers.append(await place.get(blob_path(server)))
         warm_head = await place.request("HEAD", blob_path(server))
     assert [answer.body for answer in answers] == [BIG.content] * 2
@@ -300,16 +303,16 @@ async def test_ranges(
     async with port(tmp_path, redis_url, server) as place:
         other = asyncio.create_task(place.get(blob_path(server))) if state != "cold" else None
         if state == "filling":
-            await until(lambda: place.worker.is_filling(BIG.digest))
+            await eventually(lambda: place.worker.is_filling(BIG.digest))
         elif other is not None:
             await other
-            await until(lambda: not place.worker.is_filling(BIG.digest))
+            await eventually(lambda: not place.worker.is_filling(BIG.digest))
         asking = asyncio.create_task(place.get(blob_path(server), {"Range": header}))
         await asyncio.sleep(0.02)
         server.faults.release.set()
         answer = await asking
         assert other is None or (await other).body == BIG.content
-        await until(lambda: not place.worker.is_filling(BIG.digest))
+        await eventually(lambda: not place.worker.is_filling(BIG.digest))
         assert (await place.get(blob_path(server))).body == BIG.content  # no part was taken for the whole
     if start == -1:
         assert error_of(answer)[:2] == (416, "RANGE_INVALID")
@@ -484,7 +487,7 @@ async def test_layer_behind_a_link(upstream: Start, tmp_path: Path, redis_url: s
             head, got = await place.request("HEAD", path), await place.get(path)
             assert (got.status, got.body) == (200, EXTRA.content)
             assert head.headers["Content-Length"] == got.headers["Content-Length"]
-            await until(lambda: not place.worker.is_filling(EXTRA.digest))
+            await eventually(lambda: not place.worker.is_filling(EXTRA.digest))
             assert got.headers["X-Cache"] == ("MISS", "HIT")[number]
     assert files.fetches(EXTRA.digest) == 1
 
@@ -502,7 +505,7 @@ async def test_link_to_something_else(upstream: Start, tmp_path: Path, redis_url
             assert wrong == "content"
         else:
             assert error_of(answer)[0] == 502
-        await until(lambda: not place.worker.is_filling(EXTRA.digest))
+        await eventually(lambda: not place.worker.is_filling(EXTRA.digest))
         assert files_in(tmp_path, "blobs", "spool") == []
 
 

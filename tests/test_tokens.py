@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from bench.images import layer
-from tests.cached import until
+from tests.patience import PATIENCE_S, eventually, patience
 from tests.servers import redis_server
 from wave_proxy.errors import DigestMismatch, NameUnknown, RequestInvalid, SizeMismatch, StateUnavailable
 from wave_proxy.image.request import ContainerConfig, ContainerRequest, Identity, Layer
@@ -121,9 +121,9 @@ async def test_keys_are_kept_for_lifetime_and_retention(redis_url: str) -> None:
     async with store(redis_url, retention_s=600) as tokens:
         token = await tokens.put(asked(config=ContainerConfig(layers=(inline(),)), expires=time() + 100))
         left = await keys(redis_url)
-        assert left == pytest.approx({f"wave:token:{token}": 700, f"wave:layer:{TOOL.digest}": 100 + 3600}, abs=9)
+        assert left == pytest.approx({f"wave:token:{token}": 700, f"wave:layer:{TOOL.digest}": 100 + 3600}, abs=60)
         await tokens.record_pull(token, *DIGESTS[:2])
-        assert await keys(redis_url) == pytest.approx(left, abs=2)
+        assert await keys(redis_url) == pytest.approx(left, abs=60)
 
 
 PLATFORM_USER = Identity(7, "ana@lab.org", 9, "tok-secret", "ref-secret", "https://tower", "wf")
@@ -209,20 +209,20 @@ async def test_a_recorded_request_is_lent_with_its_layers(redis_url: str) -> Non
         request = asked(config=ContainerConfig(env=("A=1",), layers=(inline(),)), identity=Identity(1, "a@b.c"))
         first = await tokens.find_record(await tokens.put(request))
         assert first is not None
-        token = await tokens.lend(first.request, 60.0)
+        token = await tokens.lend(first.request, 3600.0)
         lent = await tokens.find_record(token)
         assert lent is not None
         kept: dict[str, Any] = {"created": request.created, "expires": request.expires, "uncounted": False}
         assert lent.request.uncounted
-        assert 50 < lent.request.expires - time() <= 60
+        assert 3600 - PATIENCE_S < lent.request.expires - time() <= 3600
         assert replace(lent.request, **kept) == replace(first.request, **kept)
         assert await tokens.find_shown(token) is None
         assert await tokens.find_shown(first.token) == first
-        assert (await keys(redis_url))[f"wave:token:{token}"] <= 61
+        assert (await keys(redis_url))[f"wave:token:{token}"] <= 3601
 
 
 async def test_of_a_lent_token_nothing_is_left(redis_url: str) -> None:
-    async with store(redis_url) as tokens, asyncio.timeout(10):
+    async with store(redis_url) as tokens, patience():
         heard = tokens.deletions()
         assert await anext(heard) == ""
         token = await tokens.lend(asked(), 60.0)
@@ -359,7 +359,7 @@ async def listening(tokens: TokenStore) -> AsyncIterator[list[str]]:
 
     task = asyncio.create_task(listen(tokens, heard))
     try:
-        await until(lambda: heard == [""])
+        await eventually(lambda: heard == [""])
         yield heard
         assert not task.done()
     finally:
@@ -372,18 +372,18 @@ async def test_deletions_are_heard_by_other_clients(redis_url: str) -> None:
         first, second = await one.put(asked()), await one.put(asked())
         await one.delete(first)
         await one.delete(second)
-        await until(lambda: len(heard) == 3)
+        await eventually(lambda: len(heard) == 3)
         assert heard == ["", first, second]
 
 
 async def test_quiet_channel_is_no_lost_connection(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_module, "TIMEOUT_S", 0.05)
-    monkeypatch.setattr(tokens_module, "_ROUND_S", 0.03)
+    monkeypatch.setattr(redis_module, "TIMEOUT_S", 0.4)
+    monkeypatch.setattr(tokens_module, "_ROUND_S", 0.2)
     async with store(redis_url) as one, store(redis_url) as other, listening(other) as heard:
-        await asyncio.sleep(0.4)  # many times what a silent answer may take
+        await asyncio.sleep(2.0)  # many times what a silent answer may take
         token = await one.put(asked())
         await one.delete(token)
-        await until(lambda: len(heard) > 1)
+        await eventually(lambda: len(heard) > 1)
         assert heard == ["", token]
 
 
@@ -391,10 +391,10 @@ async def test_break_is_told(redis_url: str) -> None:
     async with store(redis_url) as one, store(redis_url) as other, listening(other) as heard:
         async with client(redis_url) as operator:
             assert await cast(Any, operator).execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
-        await until(lambda: heard == ["", ""])
+        await eventually(lambda: heard == ["", ""])
         token = await one.put(asked())
         await one.delete(token)
-        await until(lambda: heard == ["", "", token])
+        await eventually(lambda: heard == ["", "", token])
 
 
 async def test_end_of_redis_ends_listening(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ async def test_end_of_redis_ends_listening(tmp_path: Path) -> None:
             heard: list[str] = []
 
             task = asyncio.create_task(listen(TokenStore(redis), heard))
-            await until(lambda: heard == [""])
+            await eventually(lambda: heard == [""])
             async with client(url) as operator:
                 with pytest.raises(RedisConnectionError):  # instead of an answer
                     await cast(Any, operator).execute_command("SHUTDOWN", "NOSAVE")
@@ -452,14 +452,14 @@ async def test_workers_forget_deleted_tokens(redis_url: str, monkeypatch: pytest
                 assert (target.registry, target.repository, target.token) == ("docker.io", "library/ubuntu", token)
         assert await one.delete(ended)
         for worker in (resolver, other):
-            await until(lambda worker=worker: ended not in worker._memory)  # type: ignore[misc]
+            await eventually(lambda worker=worker: ended not in worker._memory)  # type: ignore[misc]
             assert kept in worker._memory
             with pytest.raises(NameUnknown):
                 await worker.resolve(parse_route("GET", f"/v2/wt/{ended}/library/ubuntu/manifests/latest"))
 
 
 async def until_subscribed(redis: Redis, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with patience():
         while dict(cast(list[tuple[bytes, int]], await redis.pubsub_numsub("wave:token-deleted"))) != {
             b"wave:token-deleted": count
         }:
@@ -500,7 +500,7 @@ async def test_workers_look_tokens_up_again_after_a_break(redis_url: str, monkey
             pipe.hset(f"wave:token:{token}", "deleted", "1")
             pipe.publish("wave:token-deleted", token)
             assert (await pipe.execute())[2] == 0
-        await until(lambda: token not in resolver._memory)
+        await eventually(lambda: token not in resolver._memory)
         with pytest.raises(NameUnknown):
             await resolver.resolve(parse_route("GET", path))
 

@@ -9,8 +9,9 @@ import pytest
 
 from bench.images import Blob, blob, random_blob
 from bench.upstream import Faults, Upstream
-from tests.cached import REPOSITORY, files_in, read_into, until, worker
+from tests.cached import REPOSITORY, files_in, read_into, worker
 from tests.outgoing import connections_in_use, registry_at
+from tests.patience import eventually
 from wave_proxy.errors import ContentMismatch, UpstreamUnavailable
 from wave_proxy.upstream import transfer
 from wave_proxy.upstream.limits import Limit, Limits
@@ -68,7 +69,7 @@ async def test_so_many_parts_come_at_the_same_time_and_no_more(upstream: Start) 
     server = serving(upstream, stall_at=50_000)
     async with registry_at(server, parallel=3) as registry:
         reading = asyncio.create_task(read(registry, server))
-        await until(lambda: len(ranges(server)) == 3)
+        await eventually(lambda: len(ranges(server)) == 3)
         await asyncio.sleep(0.05)  # for a fourth
         assert sorted(ranges(server)) == sorted(PARTS[:3])
         server.faults.release.set()
@@ -165,7 +166,7 @@ async def test_fill_in_parts_is_verified(upstream: Start, tmp_path: Path) -> Non
     async with worker(tmp_path, server, parallel=4) as one:
         with pytest.raises(ContentMismatch):
             await read_into(content, await one.join(server, BLOB.digest).open())
-        await until(lambda: not one.is_filling(BLOB.digest))
+        await eventually(lambda: not one.is_filling(BLOB.digest))
         assert files_in(tmp_path, "spool", "blobs") == []
         assert len(content) < SIZE
         server.faults.corrupt_last_byte = False
@@ -187,7 +188,7 @@ async def test_left_in_the_middle_nothing_stays(upstream: Start) -> None:
     before = asyncio.all_tasks()
     async with registry_at(server, parallel=4) as registry:
         reading = asyncio.create_task(read(registry, server))
-        await until(lambda: len(ranges(server)) == 4)
+        await eventually(lambda: len(ranges(server)) == 4)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
@@ -208,7 +209,7 @@ async def test_no_more_than_so_many_connections(upstream: Start, own: bool) -> N
     limits = limited(server, 2) if own else Limits(default=Limit(2))
     async with registry_at(server, limits=limits) as registry:
         reading = [asyncio.create_task(read(registry, server)) for _ in range(6)]
-        await until(lambda: len(ranges(server)) == 2)
+        await eventually(lambda: len(ranges(server)) == 2)
         await asyncio.sleep(0.05)
         assert len(ranges(server)) == connections_in_use(registry._egress) == 2
         server.faults.release.set()
@@ -229,7 +230,7 @@ async def test_who_gives_up_waiting_takes_no_connection_with_him(upstream: Start
     server = serving(upstream, stall_at=50_000)
     async with registry_at(server, limits=limited(server, 1)) as registry:
         first, second, third = (asyncio.create_task(read(registry, server)) for _ in range(3))
-        await until(lambda: len(ranges(server)) == 1)
+        await eventually(lambda: len(ranges(server)) == 1)
         second.cancel()
         first.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
@@ -240,7 +241,7 @@ async def test_who_gives_up_waiting_takes_no_connection_with_him(upstream: Start
         server.faults.release.clear()
         last = [asyncio.create_task(read(registry, server)) for _ in range(2)]
         asked = len(ranges(server))
-        await until(lambda: len(ranges(server)) > asked)
+        await eventually(lambda: len(ranges(server)) > asked)
         assert connections_in_use(registry._egress) == 1
         server.faults.release.set()
         await asyncio.gather(*last)
@@ -256,7 +257,7 @@ async def test_heads_and_blobs_wait_for_each_other(upstream: Start) -> None:
     server = serving(upstream, stall_at=50_000)
     async with registry_at(server, limits=limited(server, 1)) as registry:
         reading = asyncio.create_task(read(registry, server))
-        await until(lambda: len(ranges(server)) == 1)
+        await eventually(lambda: len(ranges(server)) == 1)
         asking = asyncio.create_task(registry.head_blob(server.address, REPOSITORY, BLOB.digest))
         await asyncio.sleep(0.05)
         assert [request.method for request in server.log] == ["GET"]
