@@ -209,7 +209,7 @@ def guarded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             id="memory",
         ),
         pytest.param(
-            "mkdir 'a b'; mount -t tmpfs t 'a b'; dd if=/dev/zero of='a b/file' bs=1M count=400; sleep 100",
+            "mkdir 'a b'; mount -t tmpfs t 'a b'; dd if=/dev/zero of='a b/file' bs=1M count=400; sleep 1000",
             "out of memory: the build used its limit of 300.0 MB",
             id="files in memory",
         ),
