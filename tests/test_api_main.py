@@ -84,9 +84,9 @@ def test_it_serves_a_private_socket_and_ends_cleanly(tmp_path: Path, redis_url: 
     ("env", "words"),
     [
         pytest.param({}, "redis_url", id="no Redis"),
-        pytest.param({"WAVE_REDIS_URL": "http://x"}, "redis_url", id="not a Redis URL"),
+        pytest.param({"WAVE_REDIS_URL": "http://x"}, "WAVE_REDIS_URL", id="not a Redis URL"),
         pytest.param({"WAVE_CONFIG_FILE": "/nowhere/wave.toml"}, "/nowhere/wave.toml", id="no such file"),
-        pytest.param({"WAVE_PORT": "x"}, "port", id="bad key"),
+        pytest.param({"WAVE_PORT": "x"}, "WAVE_PORT", id="bad key"),
         pytest.param(
             {"WAVE_REDIS_URL": "unix:///x", "WAVE_ACCOUNTS": '{"admin": "plain-secret"}'},
             "accounts.admin: expected what",
