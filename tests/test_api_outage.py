@@ -73,6 +73,17 @@ def test_what_is_stored_is_requested(upstream: Start, wave: Wave, fault: str) ->
     assert shown.json()["container"]["imageName"] == "tool"
 
 
+def test_nobody_waits_for_a_silent_registry_for_what_is_stored(upstream: Start, wave: Wave) -> None:
+    server = upstream()
+    server.add("tool", TOOL, "1")
+    config = CONFIG.replace("attempts = 2", 'response_timeout = "1h"')
+    proxy = wave(upstreams=[server.address], config=config)
+    name = f"{server.address}/tool:1"
+    proxy.pull(f"{proxy.address}/{name}")
+    server.faults.only, server.faults.stall_at = "/v2/", -1
+    assert proxy.pull(proxy.submit(containerImage=name)["targetImage"]).digest == TOOL.digest
+
+
 @pytest.mark.parametrize(("fault", "status"), [("down", 503), ("500", 503), ("429", 429)])
 def test_what_is_not_stored_is_not_requested(upstream: Start, wave: Wave, fault: str, status: int) -> None:
     server = upstream()
