@@ -532,7 +532,7 @@ async def test_without_redis_errors_are_ours(tmp_path: Path, monkeypatch: pytest
         ),
     ],
 )
-def test_what_redis_says_is_shown_without_keys(said: str, message: str) -> None:
+async def test_what_redis_says_is_shown_without_keys(said: str, message: str) -> None:
     with pytest.raises(StateUnavailable) as caught, redis_module.translated():
         raise ResponseError(said)
     assert str(caught.value) == message

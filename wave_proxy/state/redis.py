@@ -50,7 +50,8 @@ def translated() -> Iterator[None]:
     Its message is for clients: of the cause, which tells places and keys, only the log and ``__cause__`` know.
     """
     try:
-        yield
+        with _heeded():
+            yield
     except ResponseError as err:
         # Of a pipeline's error, what Redis said: the command before it holds the client's data.
         said = str(err).rpartition("caused error:")[2].partition("wave:")[0].strip(" ()',\"")
@@ -66,9 +67,26 @@ async def answered() -> AsyncIterator[None]:
     with translated():
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                yield
+                with _heeded():
+                    yield
         except TimeoutError as err:
             raise RedisTimeoutError(f"no answer within {TIMEOUT_S:g} s") from err
+
+
+@contextmanager
+def _heeded() -> Iterator[None]:
+    """Ends what was cancelled meanwhile, when nobody else has.
+
+    The client library sends through asyncio.wait_for, which before Python 3.12 forgets a cancellation (one for a time
+    limit, too) that comes in the turn of the loop in which the sending ends.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 async def cancel(*tasks: "asyncio.Task[None]") -> None:
