@@ -189,7 +189,9 @@ def test_more_entries_than_allowed_are_refused(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"text", compress(b"no tar" * 200), compress(tar(entry("a", b"x" * 5000)))[:-40]]
+    "content",
+    [b"", b"text", compress(b"no tar" * 200), compress(tar(entry("a", b"x" * 5000)))[:-40]],
+    ids=["empty", "text", "no-tar", "cut"],
 )
 def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
