@@ -138,7 +138,7 @@ async def test_killed_while_it_pushes(scene: Scene) -> None:
     scene.to.held = asyncio.Event()
     async with scene.builder() as first:
         build_id = await scene.submit("RUN true\n")
-        await scene.logged(build_id, "is sent")
+        await scene.logged(build_id, "is being sent")
         first.send_signal(signal.SIGKILL)
         await first.wait()
     assert scene.to.manifests == {}
