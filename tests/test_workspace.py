@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from gzip import compress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from wave_proxy.upstream.credentials import Login
 
 Entry = tuple[tarfile.TarInfo, bytes]
 
+compress = partial(gzip.compress, mtime=0)  # the same bytes whenever it is called
 BUILD_ID = f"bd-{'0' * 16}_1"
 ROOMY = 1 << 30
 
