@@ -59,7 +59,7 @@ class Works:
     ) -> WaveProxy:
         """The program, not started; ``build`` are settings of ``[build]``."""
         told = {"allow_private": [self.page.address], **build}
-        config = 'shutdown_grace = "60s"\n[upstream]\nidle_timeout = "10m"\n[build]\n' + "".join(
+        config = 'shutdown_grace = "15s"\n[upstream]\nidle_timeout = "10m"\n[build]\n' + "".join(
             f"{key} = {_toml(value)}\n" for key, value in told.items()
         )
         config += '[quota]\npull_anonymous = "off"\nbuild_anonymous = "off"\n'
