@@ -285,7 +285,7 @@ async def stalled_try(server: Upstream, registry: Registry) -> "asyncio.Task[Fet
     server.faults.status, server.faults.only, server.faults.stall_at = {}, "/manifests/", -1
     await asyncio.sleep(0.02)
     trying = asyncio.create_task(registry.fetch_manifest(server.address, NAME, "1.0"))
-    await asyncio.sleep(0.02)
+    await eventually(lambda: registry._breakers._breakers[server.address]._trying)
     return trying
 
 

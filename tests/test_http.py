@@ -828,7 +828,7 @@ async def test_client_that_goes_leaves_nothing(
         reader, writer = await place.connect()
         writer.write(GET)
         if kind == "waiting handler":
-            await asyncio.sleep(0.02)
+            await eventually(lambda: any(connection.task for connection in place.server.connections))
         else:
             await reader.readexactly(21 * MIB // 2 if kind != "growing file" else 20 * MIB)
         writer.transport.abort()

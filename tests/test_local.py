@@ -15,6 +15,7 @@ import pytest
 
 from bench.images import Blob, Image, blob, digest_of, image, index, layer, random_blob
 from tests.cached import files_in, open_files
+from tests.patience import eventually
 from wave_proxy.cache.blobs import BlobStore
 from wave_proxy.cache.evict import Evictor
 from wave_proxy.cache.local import LocalRepositories
@@ -348,7 +349,7 @@ async def test_a_cancelled_request_lets_go_of_the_file(place: Place) -> None:
             await asyncio.sleep(0)
 
     sending = asyncio.create_task(place.uploads.append(NAME, upload, Part(endless())))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: place.uploads.received(NAME, upload))
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending

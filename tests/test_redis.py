@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from wave_proxy.errors import StateUnavailable
 from wave_proxy.state.redis import answered, cancel, connect, translated
 
@@ -27,7 +28,7 @@ async def test_a_cancellation_at_any_moment_is_heeded(redis_url: str, turns: int
             await asyncio.sleep(0)
         before = asked
         asking.cancel()
-        ended, _ = await asyncio.wait([asking], timeout=1.0)
+        ended, _ = await asyncio.wait([asking], timeout=PATIENCE_S)
         await cancel(asking)
         assert ended
         assert asked == before

@@ -447,7 +447,8 @@ async def test_nonsense(upstream: Start, status: int) -> None:
     assert len(server.log) == 1
 
 
-async def test_upstream_that_comes_back(upstream: Start) -> None:
+async def test_upstream_that_comes_back(upstream: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wave_proxy.upstream.registry._FIRST_PAUSE_S", 1.0)  # so that it is back before it is given up
     server = serving(upstream)
     async with registry_at(server, attempts=4) as registry:
         await registry.head_manifest(server.address, "lib/tool", "1.0")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from http.client import IncompleteRead
 from pathlib import Path
 from socket import AF_UNIX, create_connection, socket
-from threading import Timer
+from threading import Thread, Timer
+from time import sleep
 
 import pytest
 import zstandard
@@ -29,7 +30,7 @@ from bench.images import (
     random_blob,
 )
 from bench.upstream import Faults, Upstream
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 from tests.servers import (
     Response,
     WaveProxy,
@@ -337,11 +338,17 @@ def test_stalls_before_the_head(hello: Upstream) -> None:
 def test_stop_ends_stalled_answers(upstream: Start) -> None:
     server = upstream(faults=Faults(stall_at=10))
     server.add("lib/hello", IMAGE)
-    timer = Timer(0.1, server.stop)
-    timer.start()
+
+    def stop() -> None:
+        until(lambda: server.log)
+        sleep(0.1)  # it sends the beginning
+        server.stop()
+
+    stopping = Thread(target=stop)
+    stopping.start()
     with pytest.raises(IncompleteRead) as caught:
         get(server, PATH)
-    timer.join()
+    stopping.join()
     assert caught.value.partial == LAYER.content[:10]
 
 
