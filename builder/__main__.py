@@ -21,11 +21,12 @@ from builder.engines.buildkit import BuildKit
 from builder.engines.missing import MissingEngine
 from builder.fetching import Fetching
 from builder.forward import Forward, variables
-from builder.gate import Gate, Place
+from builder.gate import Gate
 from builder.lending import Lending
 from builder.limits import Limits
 from builder.mirror import Mirrors
 from builder.pipeline import Pipeline
+from builder.places import Place
 from builder.scanner import Scanner
 from builder.trivy import ScannerMissing, Trivy
 from builder.work import Work, Works
@@ -148,12 +149,12 @@ async def _engine(settings: "Settings", egress: Egress, own: Login | None) -> En
     is_isolated = build.network == "isolated"
     forward = Forward(egress, build.proxy) if build.proxy else None
     gate = Gate(egress, settings.own_url, build.allow_private, own, forward) if is_isolated else None
-    near = [Place.parse(text, 443).host for text in (urlsplit(settings.own_url).netloc, *build.allow_private)]
     engine: Engine
     if build.engine == "buildkit":
         engine = BuildKit(build.buildkit_address, settings.authority, build.log_bytes)
     else:
-        told = variables(build.proxy, near) if build.proxy else None
+        near = (urlsplit(settings.own_url).netloc, *build.allow_private)
+        told = variables(build.proxy, (Place.parse(text, 443).host for text in near)) if build.proxy else None
         engine = Buildah(limits, gate, settings.own_url, settings.authority, told)
     try:
         await engine.check()

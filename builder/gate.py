@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hmac import compare_digest
-from ipaddress import ip_address
 from re import compile as compile_pattern
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from builder.forward import Connection, Forward, variables
+from builder.places import DEFAULT_PORTS, Place
 from wave_proxy.errors import AddressRefused, Offline, UpstreamTimeout, WaveError, clip
 from wave_proxy.upstream.bearer import basic_authorization
 from wave_proxy.upstream.credentials import Login
@@ -28,7 +28,6 @@ _MAX_HEAD_BYTES = 64 << 10
 _CHUNK_BYTES = 64 << 10
 _PROXY_PORT = 3128
 _OTHER_WAY_OUT = "where a proxy is the only way out of this network, the operator names it in [build] proxy"
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 _GREETING = (  # of a registry, which has clients send the login that they have
     b'HTTP/1.1 200 OK\r\nWWW-Authenticate: Basic realm="wave-proxy"\r\nDocker-Distribution-Api-Version: registry/2.0'
     b"\r\nContent-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
@@ -76,36 +75,6 @@ class _Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A host and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str, default_port: int = 0) -> "Place":
-        """From ``host:port`` or ``[address]:port``. Raises ValueError."""
-        parts = urlsplit(f"//{text}")
-        port = parts.port or default_port
-        if not parts.hostname or not port or parts.path or "@" in text:
-            raise ValueError(f"{text!r} is not host:port")
-        return cls(parts.hostname, port)
-
-    @property
-    def loopback(self) -> str:
-        """The address to listen on in a box to stand for this place; empty when it is not on loopback."""
-        if self.host == "localhost":
-            return "127.0.0.1"
-        try:
-            return self.host if ip_address(self.host).is_loopback else ""
-        except ValueError:
-            return ""
-
-
-@dataclass(frozen=True, slots=True)
 class Writable:
     """A repository on wave-proxy that a build may push to.
 
@@ -136,7 +105,7 @@ class Gate:
         self._forward = forward
         parts = urlsplit(url)
         self._tls = parts.scheme == "https"
-        self._proxy = Place.parse(parts.netloc, _DEFAULT_PORTS[parts.scheme])
+        self._proxy = Place.parse(parts.netloc, DEFAULT_PORTS[parts.scheme])
         self._authority = parts.netloc
         self._allowed = {Place.parse(text) for text in allow_private}
         self._relays = sorted({Place(place.loopback, place.port) for place in self._allowed if place.loopback}, key=str)
@@ -193,7 +162,7 @@ class Gate:
         if forward is None:
             connecting = self._connect(place, strict=place != registry or place == self._proxy)
         else:
-            connecting = (forward.connect if parts else forward.tunnel)(place.host, place.port)
+            connecting = (forward.connect if parts else forward.tunnel)(place)
         with _Closing(await self._connected(place, log, connecting)) as (upstream, sender):
             if parts:
                 sender.write(_passed_on(head, parts, forward))
@@ -203,7 +172,7 @@ class Gate:
 
     def _is_near(self, place: Place, registry: Place | None) -> bool:
         """Whether a place is in our own network, so that no proxy leads there."""
-        name = place.host if place.port == _DEFAULT_PORTS["https"] else str(place)
+        name = place.host if place.port == DEFAULT_PORTS["https"] else str(place)
         return place in self._allowed or (place == registry and self._egress.endpoint(name).allow_private)
 
     async def _connect(self, place: Place, *, strict: bool) -> Connection:

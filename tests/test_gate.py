@@ -9,7 +9,8 @@ import pytest
 
 import builder.gate
 from builder.forward import Forward
-from builder.gate import Gate, Place, Writable
+from builder.gate import Gate, Writable
+from builder.places import Place
 from tests.patience import eventually, patience
 from tests.servers import free_port
 from wave_proxy.upstream.credentials import Login
