@@ -33,8 +33,7 @@ class Ingredients:
 
         Raises RequestInvalid for what he may not read, UpstreamUnavailable, PlatformError.
         """
-        added = (*spec.layers, *((spec.context,) if spec.context else ()))
-        images = await asyncio.to_thread(_bases_of, spec) | _sources_of(added)
+        images = await asyncio.to_thread(_bases_of, spec) | _sources_of(spec.carried)
         found = [await self._is_private(spec.identity, image) for image in images]
         return any(found)
 

@@ -152,10 +152,9 @@ class Planner:
 
         Raises RequestInvalid for inline layers and contexts that are not what they say, PlatformError.
         """
-        carried = (*spec.layers, *((spec.context,) if spec.context else ()))
         try:
             names = {len(spec.layers): "buildContext"}
-            kept, contents = await self._tokens.take_out(carried, names)
+            kept, contents = await self._tokens.take_out(spec.carried, names)
         except ContentMismatch as err:  # the caller's fault, not an upstream's
             raise RequestInvalid(str(err)) from None
         written = [parse_reference(name) for name in (spec.cache_repository, spec.target_image) if name]

@@ -81,6 +81,11 @@ class BuildSpec:
         return tuple(self.platform.split(","))
 
     @property
+    def carried(self) -> tuple[Layer, ...]:
+        """What a request may bring along: the layers, and the context behind them."""
+        return (*self.layers, *((self.context,) if self.context else ()))
+
+    @property
     def series(self) -> str:
         """What the ids of all jobs of the same result begin with: ``bd-``, ``mr-`` or ``sc-``, and the container id."""
         return f"{PREFIXES[self.kind]}-{self.container_id}"

@@ -67,7 +67,7 @@ async def answered() -> AsyncIterator[None]:
     with translated():
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                with _heeded():
+                with _heeded():  # once more, within the time limit: that cancels, too
                     yield
         except TimeoutError as err:
             raise RedisTimeoutError(f"no answer within {TIMEOUT_S:g} s") from err
@@ -92,7 +92,8 @@ def _heeded() -> Iterator[None]:
 async def cancel(*tasks: "asyncio.Task[None]") -> None:
     """Cancel tasks that use a client, and wait for their end.
 
-    The client library sometimes takes a cancellation for a time limit of its own: then it is told again.
+    Within one ``translated`` block, a loop for instance, the client library may have forgotten a cancellation (see
+    ``_heeded``): then it is told again.
     """
     running: Iterable[asyncio.Task[None]] = tasks
     while running:
